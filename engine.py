@@ -1,0 +1,294 @@
+"""What every script does before, beside and after its training loop; functions only.
+
+The dividing rule: a line that would change the loss, the gradient or the order of a step lives in the method file.
+What lives here is a no-op on one GPU (process group, no_sync), runs once before or after the loop (set-up, checkpoints,
+the plan), or is a pure function (schedule, noise, parameter groups). Nothing here wraps backward or step.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+import types
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401  names the failed worker to torchrun
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import weights
+from options import RunConfig, Size, check, claim, configure, fail, fixed, plain, user_errors  # noqa: F401
+
+# -------------------- Pure functions: randomness, schedule, parameter groups --------------------
+
+
+def seed_of(*where):
+    """A 63-bit seed that is a function of where it is used, such as (seed, "mask", step): never of how many numbers
+    were drawn before, or by which process. Hashed, so that (seed 0, epoch 1) is not (seed 1, epoch 0)."""
+    return int.from_bytes(hashlib.blake2b(repr(where).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def noise(seed, step, *shape, use="mask"):
+    """Uniform noise in [0, 1) for the whole global batch of a step: float32 of `shape`, (B, N) for masks. Every process
+    draws it on the CPU and picks what belongs to its images, and so gets what one process would have got."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed_of(seed, use, step)))
+
+
+def cosine(step, steps, warmup, peak, floor=0.0):
+    """Learning rate of a step: linear from 0 over `warmup` steps, then half a cosine from `peak` to `floor` at `steps`
+    (MAE, Table 8; Loshchilov & Hutter, 2017)."""
+    if step < warmup:
+        return peak * step / warmup
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def parameter_groups(model, weight_decay, layer_scale=lambda name: 1.0):
+    """AdamW's groups: no weight decay for what has one dimension, nor for class and mask tokens, position and bias
+    tables; `lr_scale` from `layer_scale(parameter name)`. The groups are asserted to hold every parameter once."""
+    # DIFF: MAE's released pre-training code decays class and mask tokens, its fine-tuning code does not; we never do.
+    groups = {}
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, parameter in trainable:
+        exempt = parameter.dim() <= 1 or name.endswith(("bias", "_token", "pos_embed", "bias_table"))
+        scale, decay = layer_scale(name), 0.0 if exempt else weight_decay
+        new = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
+        group = groups.setdefault((scale, decay), new)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    placed = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(placed) == sorted(id(p) for _, p in trainable) and len(set(placed)) == len(placed)
+    return list(groups.values())
+
+
+# -------------------- Before the loop: processes, device, precision, the run's folder --------------------
+
+
+def start(cfg):
+    """Choose device and precision and join the process group that torchrun's variables describe. Writes nothing.
+
+    Returns a namespace: rank, world, main (is this rank 0?), device, dtype (of autocast), scaler, out (Path), and what
+    `open_run` adds. Exits with code 2 on an option that this machine cannot honour.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check(cfg, world)
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 in what stays fp32; on a CPU this would mean bf16
+    auto = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = auto if cfg.precision == "auto" else cfg.precision
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    if world > 1 and not cfg.plan:
+        timeout = datetime.timedelta(minutes=cfg.timeout_minutes)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    torch.manual_seed(cfg.seed)  # of the weights; whatever comes later draws from seed_of
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return types.SimpleNamespace(rank=rank, world=world, main=rank == 0, device=device, dtype=dtype, scaler=scaler,
+                                 out=Path(cfg.out), signal=0)
+
+
+def open_run(cfg, run, model, optimizer, sampler, steps, **about):
+    """Claim --out, load the checkpoint if --resume finds one, set up signals, log and progress bar.
+
+    Returns the step to begin with. `about`, such as the resolved learning rate, is printed and kept in config.yaml.
+    Exits with code 2 and leaves --out alone if it is used or not writable, or if the checkpoint does not fit.
+    """
+    with user_errors():
+        saved = weights.read_newest(run.out / "last.pt") if cfg.resume else None
+        if saved:
+            now, then = plain(fixed(cfg)), saved["config"]
+            if changed := [f"--{k} was {then.get(k)} and is {now[k]}" for k in now if then.get(k) != now[k]]:
+                raise ValueError(f"--resume with other options: {', '.join(changed)}; give those a new --out")
+            weights.load_exactly(model, saved["model"], run.out / "last.pt")
+            weights.load_optimizer(optimizer, saved["optimizer"], run.out / "last.pt")
+            run.scaler.load_state_dict(saved["scaler"])
+        if run.main:
+            claim(cfg, run, saved, about)
+    first = saved["step"] if saved else 0
+    run.first = run.logged = first
+    run.last = sampler.stop = min(cfg.max_steps or steps, steps)
+    sampler.start = first
+    run.images, run.loss, run.wait = 0, 0.0, 0.0  # since the last line of the log
+    run.began = run.since = run.saved = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: interrupt(run, number))
+    run.bar = tqdm(total=run.last, initial=first, disable=None if run.main else True, dynamic_ncols=True, unit="step")
+    if run.main:
+        accumulate = math.ceil(cfg.batch_size / run.world / cfg.micro_batch)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lines = {"parameters": f"{parameters / 1e6:.2f} M", "steps": f"{first} to {run.last} of {steps}", **about,
+                 "batch": f"{cfg.batch_size} = {run.world} process(es) x {accumulate} x {cfg.micro_batch}",
+                 "precision": f"{run.dtype} on {run.device}"}
+        print("\n".join(f"{k.replace('_', ' '):>26}: {v}" for k, v in lines.items()), flush=True)
+    return first
+
+
+def interrupt(run, number):
+    """The first Ctrl-C or SIGTERM makes the loop save and stop after the step it is in; a second one is not caught."""
+    run.signal = number
+    signal.signal(number, signal.SIG_DFL)
+
+
+def distribute(cfg, run, model):
+    """The model that the loop calls: compiled if asked for, gradients averaged over processes if there are several."""
+    if cfg.compile:
+        model.compile()
+    if run.world == 1:
+        return model
+    ids = [run.device.index] if run.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+# -------------------- Beside the loop --------------------
+
+
+def timed(run, batches):
+    """The same batches; the time spent waiting for them is counted in run.wait. A data set with too many broken files
+    raises ValueError, which ends the run with one line."""
+    batches, done = iter(batches), object()
+    while True:
+        begin = time.monotonic()
+        try:
+            batch = next(batches, done)
+        except ValueError as error:
+            fail(error, everywhere=True)
+        run.wait += time.monotonic() - begin
+        if batch is done:
+            return
+        yield batch
+
+
+def sync_on(last, net):
+    """While gradients accumulate, processes exchange them once a step: in the backward of the last micro-batch."""
+    return contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync()
+
+
+def autocast(run):
+    """Mixed precision for the forward pass, or nothing under fp32."""
+    return torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32)
+
+
+def agree(run, loss, grad_norm):
+    """(loss summed over processes, gradient norm, was any of them told to stop?) as plain numbers: one small exchange a
+    step and the only place where the host waits for the GPU. All processes get the same answer and so leave the loop at
+    the same step, be it for a signal or because one of them met a NaN."""
+    numbers = torch.stack([loss.detach(), grad_norm / run.world, loss.new_tensor(run.signal > 0)]).double()
+    if run.world > 1:
+        dist.all_reduce(numbers)
+    loss, grad_norm, told = numbers.tolist()
+    return loss, grad_norm, told > 0
+
+
+def check_finite(run, step, lr, loss, grad_norm):
+    """Stop before the optimizer carries a NaN into the weights. (Under fp16 an infinite gradient alone is ordinary: the
+    scaler skips that update and lowers its scale.)"""
+    if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+        fail(f"step {step}: loss {loss}, gradient norm {grad_norm}, lr {lr:.3e}; this step changed nothing, and "
+             f"{run.out / 'last.pt'} is as it was; try --precision bf16 or fp32, a lower --base_lr, --clip_grad 1")
+
+
+def log(cfg, run, step, epoch, images, loss, lr, grad_norm):
+    """Count a finished step; every `log_every` steps write a line to log.jsonl and to the terminal."""
+    run.images, run.loss = run.images + images, run.loss + loss
+    run.bar.update()
+    done, now = step + 1, time.monotonic()
+    if not run.main or (done % cfg.log_every and done < run.last):
+        return
+    rate, wait = run.images / (now - run.since), run.wait / (now - run.since)
+    line = {"step": done, "epoch": round(epoch, 4), "loss": run.loss / (done - run.logged), "lr": lr,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "images_per_s": round(rate, 1), "data_wait": round(wait, 3)}
+    note(run, **line)
+    run.bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{lr:.1e}", images_s=f"{rate:.0f}", wait=f"{wait:.0%}")
+    if run.bar.disable:  # not a terminal
+        eta = datetime.timedelta(seconds=round((now - run.began) / (done - run.first) * (run.last - done)))
+        print(f"step {done}/{run.last}  loss {line['loss']:.4f}  lr {lr:.2e}  {rate:.0f} images/s  "
+              f"waiting for data {wait:.0%}  {eta} left", flush=True)
+    if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
+        fail("fp16: the gradients overflow at a loss scale below 1; use --precision bf16 or fp32")
+    run.images, run.loss, run.wait, run.since, run.logged = 0, 0.0, 0.0, now, done
+
+
+def note(run, **line):
+    """Append a line to log.jsonl."""
+    if run.main:
+        with open(run.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def due(run, step, every):
+    """Is it time, after this step, for what happens every so many steps (a float) and after the last one?"""
+    return (step + 1) % max(1, round(every)) == 0 or step + 1 == run.last
+
+
+def save_due(cfg, run, step, steps_per_epoch):
+    """Checkpoints come every `save_epochs` epochs, every `save_minutes` minutes, and after the last step."""
+    return due(run, step, cfg.save_epochs * steps_per_epoch) or time.monotonic() - run.saved > 60 * cfg.save_minutes
+
+
+def save(cfg, run, done, model, optimizer, **more):
+    """Write last.pt (all that a resumed run needs) and encoder.pt (all that fine-tuning needs, and `more`) after `done`
+    steps."""
+    run.saved = time.monotonic()
+    if run.main:
+        encoder = {"arch": plain(model.encoder.arch), "model": model.encoder.state_dict()}
+        last = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+        with user_errors():
+            weights.write(run.out / "last.pt", {**last, "step": done, "config": plain(fixed(cfg))})
+            weights.write(run.out / "encoder.pt", {**encoder, "step": done, "method": type(model).__name__, **more})
+
+
+def finish(run, done):
+    """Leave the process group; after a signal, say how to go on and exit with the code that shells expect, 128 + it."""
+    run.bar.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if done < run.last:
+        if run.main:
+            print(f"stopped after step {done} of {run.last} and saved; add --resume to go on", flush=True)
+        raise SystemExit(128 + (run.signal or signal.SIGTERM))
+
+
+# -------------------- Instead of the loop: the plan --------------------
+
+
+def plan(cfg, build):
+    """Print what the model `build(cfg)` costs without allocating any of it: parameters, FLOPs, memory per micro_batch,
+    and the largest micro_batch for a 24 GB card. Only shapes are run (torch's FakeTensorMode), in about a second.
+
+    Memory = 16 bytes a trained parameter (fp32 weight, gradient, two moments of Adam), 4 a frozen one + what autograd
+    keeps for backward, weights cast by autocast included, + 1.5 GB for CUDA's context and workspaces (an assumption).
+    """
+    dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
+
+    def forward(micro_batch):  # -> bytes kept for backward, FLOPs
+        kept = {}  # a storage may be saved many times; it is counted once, and the tensor kept so that ids stay unique
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(id(t.untyped_storage()), t.detach()) is None or t, lambda t: t)
+        autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+        with hooks, autocast, FlopCounterMode(display=False) as counter:
+            model(torch.zeros(micro_batch, cfg.in_chans, *cfg.img_size), torch.rand(micro_batch, model.num_noise))
+        own = {id(t.untyped_storage()) for t in model.state_dict(keep_vars=True).values()}
+        return sum(t.untyped_storage().nbytes() for i, t in kept.items() if i not in own), counter.get_total_flops()
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build(cfg).train()
+        (two, flops), (four, _) = forward(2), forward(4)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - count
+    each, besides = (four - two) / 2, 16 * count + 4 * frozen + (2 * two - four) + 1.5e9
+    print(f"{count / 1e6:.1f} M trained parameters\n{flops / 2e9:.2f} GFLOPs an image forward (a multiply-add is two), "
+          f"three times that in a step\n{each / 1e6:.1f} MB an image kept for backward in {dtype}, "
+          f"{besides / 1e9:.2f} GB besides")
+    for n in (1, 8, 32, 64, 128, 256):
+        print(f"  --micro_batch {n:<4} {(besides + n * each) / 1e9:7.2f} GB")
+    largest = min(cfg.batch_size, max(0, int((24e9 - besides) // max(each, 1))))
+    print(f"largest on a 24 GB card: --micro_batch {largest} (an estimate)")

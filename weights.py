@@ -1,0 +1,154 @@
+"""Checkpoints: written so that a crash, a full disk or a flipped bit costs no more than the last interval, and read so
+that a hostile or damaged file is refused before anything of it is used.
+
+A checkpoint holds tensors and plain data only. `encoder.pt` is {"arch": what models.build needs, "model": tensors,
+"method": who made it, "step"}; `last.pt` adds the whole model, the optimizer and the scaler.
+"""
+
+import contextlib
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+
+def write(path, content):
+    """Write `content` to `path` through a temporary file that is flushed, synced and read back first.
+
+    What `path` held before stays beside it as `previous.<name>`. OSError if the disk is full or not writable: `path`
+    and its predecessor are then as they were.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with zipfile.ZipFile(temporary) as archive:
+            if damaged := archive.testzip():  # torch.save writes CRC-32 sums, but torch.load does not look at them
+                raise OSError(f"{damaged} does not read back as it was written")
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: torch's zip writer on a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"cannot write {path} ({error}); what was saved before is intact") from error
+    if path.exists():
+        os.replace(path, path.with_name("previous." + path.name))
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)  # the renames are durable only once the directory is, too
+    os.fsync(directory)
+    os.close(directory)
+
+
+def read(path):
+    """The content of a checkpoint, on the CPU. ValueError (one line) if it is damaged, cut short, or holds anything but
+    tensors and plain data: nothing in it is executed. FileNotFoundError if it is not there."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{path} is damaged: checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain data, and is not opened") from error
+
+
+def read_newest(path):
+    """`read(path)`, or, with a line that says so, its predecessor if `path` is damaged or gone; None without either."""
+    path = Path(path)
+    previous = path.with_name("previous." + path.name)
+    if not path.exists() and not previous.exists():
+        return None
+    try:
+        return read(path)
+    except (ValueError, FileNotFoundError) as error:
+        if not previous.exists():
+            raise
+        print(f"{error}; going on from {previous}", flush=True)
+        return read(previous)
+
+
+def load_exactly(model, tensors, where):
+    """Copy `tensors` (a state dict) into `model`. ValueError before anything is copied if a name, shape or dtype
+    differs, or if a value is not finite."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(f"{where} is of another architecture: it lacks {missing[:3]} and has unknown {extra[:3]}")
+    for name, tensor in own.items():
+        require_like(tensor, tensors[name], f"{where}, {name}")
+    model.load_state_dict(tensors)
+
+
+def load_optimizer(optimizer, state, where):
+    """Copy an optimizer's state dict back. ValueError before anything is copied if groups, shapes or dtypes differ."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = [group["names"] for group in optimizer.param_groups]
+    if groups != [group.get("names") for group in state["param_groups"]] or len(state["state"]) > len(params):
+        raise ValueError(f"{where}: the optimizer was saved with other parameter groups")
+    for index, moments in state["state"].items():
+        for name, value in moments.items():
+            expected = torch.zeros(()) if name == "step" else params[index]
+            require_like(expected, value, f"{where}, {name} of optimizer parameter {index}")
+    optimizer.load_state_dict(state)
+
+
+def require_like(expected, found, where):
+    """ValueError unless `found` is a finite tensor of the shape and dtype of `expected`."""
+    if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(f"{where} should be {tuple(expected.shape)} {expected.dtype}, not {kind}")
+    if not torch.isfinite(found).all():
+        raise ValueError(f"{where} holds values that are not finite")
+
+
+def read_encoder(path):
+    """The content of an encoder.pt. ValueError if it is damaged, hostile or something else, such as a last.pt."""
+    saved = read(path)
+    sizes = ("patch_size", "in_chans", "width", "depth", "num_heads")
+    arch = saved.get("arch") if isinstance(saved, dict) else None
+    if not isinstance(arch, dict) or not isinstance(saved.get("model"), dict) or len(arch.get("img_size", ())) != 2 \
+            or not isinstance(arch.get("model"), str) or not all(isinstance(arch.get(name), int) for name in sizes):
+        raise ValueError(f"{path} is not an encoder.pt of this project")
+    return saved
+
+
+def load_encoder(encoder, saved, where):
+    """Copy the encoder of an encoder.pt, its positions resized if the grid differs, and say what was done.
+
+    ValueError if heads, depth, width, patch or channels differ (weights of 12 heads fit 6 heads, and are wrong there),
+    or if a tensor of the encoder would be left unset.
+    """
+    arch, tensors = saved["arch"], dict(saved["model"])
+    for name in ("model", "patch_size", "in_chans", "width", "depth", "num_heads"):
+        if arch[name] != encoder.arch[name]:
+            raise ValueError(f"{where} holds an encoder with {name} {arch[name]}, not {encoder.arch[name]}")
+    grid = tuple(n // arch["patch_size"] for n in arch["img_size"])
+    notes = []
+    if grid != encoder.grid and "pos_embed" in tensors:
+        require_like(torch.zeros(1, encoder.num_prefix + grid[0] * grid[1], encoder.width), tensors["pos_embed"], where)
+        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], grid, encoder.grid, encoder.num_prefix)
+        notes.append(f"positions resized from {grid[0]}x{grid[1]} to {encoder.grid[0]}x{encoder.grid[1]}")
+    over = [name for name in tensors if name not in encoder.state_dict()]
+    if over and all(name.startswith("norm.") for name in over):  # a head with its own norm replaces the last one
+        notes.append(f"left over: {', '.join(over)}")
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in over}
+    load_exactly(encoder, tensors, where)
+    if os.environ.get("RANK", "0") == "0":
+        notes = [f"loaded {len(tensors)} tensors of {arch['model']} from {where}", *notes]
+        print("; ".join(notes), flush=True)
+
+
+def resize_positions(table, old_grid, new_grid, num_prefix=1):
+    """A position table (1, num_prefix + h*w, D) for another grid, by bicubic interpolation of its two dimensions; the
+    rows of class tokens in front stay. The grids are given, not guessed: 64 tokens may be 8x8 or 4x16."""
+    prefix, grid = table[:, :num_prefix], table[:, num_prefix:]
+    grid = grid.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
+    grid = F.interpolate(grid, new_grid, mode="bicubic", align_corners=False)  # (1, D, h', w')
+    return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)  # (1, num_prefix + h'*w', D)
