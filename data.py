@@ -1,0 +1,283 @@
+"""Images in, uint8 batches out: data sets, transforms, the order of a run. No masking here.
+
+    source (shapes, cifar, a folder) -> Images (decode, augment) -> GlobalBatches (which, when) -> loader -> normalize
+
+What an image looks like in epoch e is a function of (seed, e, its index); when it comes is a function of (seed, e). So
+1, 2 or 8 processes, any micro_batch and any number of workers see the same crops, and no step needs the one before it.
+
+    python data.py --check DIR    # decode every image below DIR, list what is broken; exit code 1 if anything is
+"""
+
+import collections
+import functools
+import itertools
+import os
+import signal
+import sys
+
+import numpy as np
+import torch
+import torchvision
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from engine import fail, seed_of, user_errors
+from files import Broken, Folder, check
+from shapes import SHAPES, shapes_batch
+from transforms import CentreCrop, augmentation, denormalize, normalize, with_defaults  # noqa: F401
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: len(), .classes (None if unlabelled), .labels, .load(i) -> (uint8 (C, h, w), label or -1), .keep(indices)
+
+
+class Memory:
+    """Images that are small enough to stay in memory: uint8 (n, 3, h, w); grey for in_chans 1, else channels repeat."""
+
+    def __init__(self, images, labels, classes, in_chans=3):
+        self.images, self.labels = torch.as_tensor(images), np.asarray(labels)
+        self.classes, self.in_chans = classes, in_chans
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, i):
+        image = self.images[i]  # (3, h, w)
+        if self.in_chans == 1:
+            image = v2.functional.rgb_to_grayscale(image)  # (1, h, w)
+        elif self.in_chans != 3:
+            image = image[[c % 3 for c in range(self.in_chans)]]  # (C, h, w)
+        return image, int(self.labels[i])
+
+    def keep(self, indices):
+        self.images, self.labels = self.images[indices], self.labels[indices]
+
+
+SPLITS = {"train": (0, 20_000), "val": (1_000_000, 2_000), "test": (2_000_000, 2_000)}  # shapes: first image, how many
+
+
+class Shapes(Memory):
+    """The embedded data, see `shapes_batch`. `pick` turns labels into the indices wanted; only these are generated."""
+
+    def __init__(self, split, seed=0, in_chans=3, pick=None):
+        first, n = SPLITS[split]
+        numbers = np.arange(first, first + n)
+        numbers = numbers[pick(numbers % len(SHAPES))] if pick else numbers
+        made = shapes_batch(seed, numbers, dense=False)
+        super().__init__(made["image"].transpose(0, 3, 1, 2), made["label"], list(SHAPES), in_chans)
+
+
+def cifar(name, split, in_chans, data_dir, download):
+    """CIFAR-10 or -100 through torchvision, which checks every MD5; val and test are the published test set."""
+    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    try:
+        published = cls(data_dir, train=split == "train")
+    except RuntimeError:
+        if not download or int(os.environ.get("WORLD_SIZE", 1)) > 1:  # processes would write the same file
+            raise FileNotFoundError(f"--data {name}: not (whole) in {data_dir}; a run of one process with --download "
+                                    "fetches it, 170 MB") from None
+        published = cls(data_dir, train=split == "train", download=True)
+    return Memory(published.data.transpose(0, 3, 1, 2).copy(), published.targets, published.classes, in_chans)
+
+
+def open_source(name, split, in_chans=3, labelled=False, data_dir="data", download=False, min_side=0, pick=None):
+    """shapes, cifar10, cifar100 or a folder; split is train, val or test; `pick` as in Shapes. ValueError or OSError,
+    in one line, on what does not fit."""
+    if in_chans < 1:
+        raise ValueError(f"--in_chans must be at least 1, not {in_chans}")
+    if name == "shapes":
+        return Shapes(split, in_chans=in_chans, pick=pick)
+    if name in ("cifar10", "cifar100"):
+        source = cifar(name, split, in_chans, data_dir, download)
+    else:
+        source = Folder(name, split, in_chans, labelled, min_side)
+    if pick:
+        source.keep(pick(source.labels))
+    return source
+
+
+def balanced(labels, n, seed):
+    """n indices, sorted: class counts differ by at most 1, and a larger n holds every smaller one."""
+    if not len(np.unique(labels)) <= n <= len(labels):
+        raise ValueError(f"--labels {n}: there are {len(labels)} images of {len(np.unique(labels))} classes")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed_of(seed, "labels"))).numpy()
+    turn, count = np.empty(len(labels), int), collections.Counter()
+    for i in order:
+        turn[i] = count[labels[i]]  # how many of its class come before it
+        count[labels[i]] += 1
+    return np.sort(order[np.argsort(turn[order], kind="stable")[:n]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets: a source and a transform, such that every image's randomness is its own
+
+
+class TooManyBroken(ValueError):
+    """More than --max_bad of a data set's files are broken; one line that names the first ones."""
+
+
+class Images(torch.utils.data.Dataset):
+    """[(epoch, index, position)] -> (uint8 (C, H, W), label, position). Broken files are replaced; see `count`."""
+
+    def __init__(self, source, transform, seed, max_bad=0.01):
+        self.source, self.transform, self.seed, self.max_bad = source, transform, seed, max_bad
+        self.broken = {}  # index -> why
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, where):
+        imgs, labels, positions, broken = self.__getitems__([where])
+        self.count(broken, imgs)
+        return imgs[0], labels[0].item(), positions[0].item()
+
+    def __getitems__(self, batch):
+        """What a worker sends for [(epoch, index, position), ...]: imgs (b, C, H, W), labels (b,), positions (b,), and
+        {index: why} of what it found broken, because only the main process sees all workers. imgs is None if the tries
+        for a substitute ran out."""
+        imgs, labels, broken = [], [], {}
+        for epoch, index, _ in batch:
+            for i in self.candidates(index):
+                try:
+                    image, label = self.source.load(i)
+                    break
+                except Broken as error:
+                    broken[i] = str(error)
+            else:
+                return None, None, None, broken
+            imgs.append(self.augment(image, epoch, index))
+            labels.append(label)
+        return torch.stack(imgs), torch.tensor(labels), torch.tensor([position for _, _, position in batch]), broken
+
+    def candidates(self, index):
+        """An index and its substitutes. Its neighbour, as usual elsewhere, would be seen twice in every epoch of every
+        run; a hash spreads that out."""
+        yield index
+        for attempt in range(20):
+            yield seed_of(self.seed, "substitute", index, attempt) % len(self)
+
+    def augment(self, image, epoch, index):
+        """Transforms draw from torch's global generator: seed it for this image, and leave it as it was.
+        (torch.random.fork_rng does the same in 160 us instead of 4.)"""
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed_of(self.seed, "augment", epoch, index))
+        try:
+            return self.transform(image)
+        finally:
+            torch.set_rng_state(state)
+
+    def count(self, broken, imgs):
+        """Name each broken file once. TooManyBroken if more than `max_bad` of all files of the data set are known to be
+        broken by now (one is forgiven, unless max_bad is 0), or if `imgs` is None: 21 candidates in a row were."""
+        new = {i: why for i, why in broken.items() if i not in self.broken}
+        self.broken |= new
+        for why in new.values():
+            tqdm.write(f"replaced a broken image: {' '.join(why.split())}", file=sys.stderr)
+        if imgs is None or len(self.broken) > (self.max_bad and max(1, self.max_bad * len(self))):
+            first = "; ".join(list(self.broken.values())[:3])
+            raise TooManyBroken(" ".join(f"{len(self.broken)} of {len(self)} images are broken so far, --max_bad is "
+                                         f"{self.max_bad}: {first}; python data.py --check lists them all".split()))
+
+
+def pretrain_set(cfg):
+    """The training images of --data, labels ignored, as `cfg` says."""
+    o = with_defaults(cfg)
+    # the smallest crop has crop_scale[0] of the area, at the longest ratio: its short side must not be enlarged
+    min_side = int(max(cfg.img_size) / (o["crop_scale"][0] * min(o["crop_ratio"])) ** 0.5) + 1
+    source = open_source(cfg.data, "train", cfg.in_chans, False, cfg.data_dir, cfg.download, min_side)
+    return Images(source, augmentation(o), cfg.seed, cfg.max_bad)
+
+
+def labelled_set(cfg, split, augment=None):
+    """A labelled split of --data, the train split cut to --labels images; augmented as `cfg` says if it is train."""
+    o = with_defaults(cfg)
+    pick = functools.partial(balanced, n=o["labels"], seed=cfg.seed) if o["labels"] and split == "train" else None
+    source = open_source(cfg.data, split, cfg.in_chans, True, cfg.data_dir, cfg.download, pick=pick)
+    plain = CentreCrop(cfg.img_size, v2.InterpolationMode(o["interpolation"]))
+    transform = augmentation(o) if (split == "train" if augment is None else augment) else plain
+    return Images(source, transform, cfg.seed, cfg.max_bad)
+
+
+def sample(dataset, n):
+    """uint8 (n, C, H, W): up to n images, evenly spaced over the data set and so over its classes."""
+    n = min(n, len(dataset))
+    return torch.stack([dataset[0, i * len(dataset) // n, i][0] for i in range(n)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order: which images, when, on which process
+
+
+class GlobalBatches(torch.utils.data.Sampler):
+    """Micro-batches of this process for the steps [start, stop): lists of (epoch, index, position in the global batch).
+
+    A step is one global batch of `batch_size` images, the same for any number of processes; each holds a slice of it.
+    `start` and `stop` may be set until iteration begins; stop=None is one epoch. With drop_last=False the last batch of
+    an epoch is shorter (left out if shorter than `world`).
+    """
+
+    def __init__(self, n, batch_size, micro_batch, seed, rank=0, world=1, start=0, stop=None, drop_last=True):
+        self.n, self.batch_size, self.micro_batch, self.seed = n, batch_size, micro_batch, seed
+        self.rank, self.world = rank, world
+        self.steps_per_epoch = n // batch_size + (not drop_last and n % batch_size >= world)
+        if not self.steps_per_epoch:
+            raise ValueError(f"{n} images make no batch of {batch_size}: lower --batch_size, or bring more images")
+        self.start, self.stop = start, self.steps_per_epoch if stop is None else stop
+
+    def size(self, step):
+        """Images of a global batch, over all processes."""
+        return min(self.batch_size, self.n - step % self.steps_per_epoch * self.batch_size)
+
+    def micro_batches(self, step):
+        """How many micro-batches a step has: equal on all processes, also where one has an image more than another (so
+        that, with micro_batch 1, one of a tail's may hold two)."""
+        return min(-(-self.size(step) // (self.world * self.micro_batch)), self.size(step) // self.world)
+
+    def __iter__(self):
+        for epoch, steps in itertools.groupby(range(self.start, self.stop), lambda step: step // self.steps_per_epoch):
+            order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", epoch)))
+            for step in steps:
+                indices = order[step % self.steps_per_epoch * self.batch_size :][: self.size(step)].tolist()
+                first, last = (r * len(indices) // self.world for r in (self.rank, self.rank + 1))
+                mine = [(epoch, indices[k], k) for k in range(first, last)]
+                count = self.micro_batches(step)
+                yield from (mine[k * len(mine) // count : (k + 1) * len(mine) // count] for k in range(count))
+
+
+def in_order(n, micro_batch, rank=0, world=1):
+    """Every image once, for evaluation: this process's part, as lists of (epoch 0, index, index). No part is padded, so
+    that processes may hold different numbers of batches."""
+    mine = range(rank, n, world)
+    return [[(0, i, i) for i in mine[k : k + micro_batch]] for k in range(0, len(mine), micro_batch)]
+
+
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM reach a whole process group; the main process decides what becomes of its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def as_it_is(batch):
+    return batch
+
+
+def loader(dataset, sampler, workers=0, pin=False):
+    """Iterate over (imgs uint8 (b, C, H, W), labels (b,), position in the global batch (b,)) of the sampler's lists.
+    TooManyBroken stops it."""
+    batches = torch.utils.data.DataLoader(
+        dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pin, collate_fn=as_it_is,
+        worker_init_fn=ignore_signals, generator=torch.Generator())  # its own: the global one would lose a number
+    for imgs, labels, positions, broken in batches:
+        dataset.count(broken, imgs)
+        yield imgs, labels, positions
+
+
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    if len(words) != 2 or words[0] != "--check":
+        fail("usage: python data.py --check DIR")
+    with user_errors():
+        raise SystemExit(check(words[1]) > 0)
+
+
+if __name__ == "__main__":
+    main()

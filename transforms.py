@@ -1,0 +1,97 @@
+"""What happens to pixels between a decoded image and the network: augmentation of one uint8 image, on the CPU, and the
+normalisation of a batch, on the device.
+"""
+
+import collections
+import functools
+
+import torch
+from torchvision.transforms import v2
+
+BILINEAR = v2.InterpolationMode.BILINEAR
+
+
+@functools.cache  # one copy to the device, not one a step
+def mean_std(in_chans, device="cpu"):
+    """Two float32 tensors (C, 1, 1): ImageNet's statistics for RGB, a plain 0.5 and 0.25 for other channels (ours)."""
+    mean, std = [0.5] * in_chans, [0.25] * in_chans
+    if in_chans == 3:
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return torch.tensor(mean, device=device).view(-1, 1, 1), torch.tensor(std, device=device).view(-1, 1, 1)
+
+
+def normalize(imgs):
+    """uint8 (..., C, H, W) -> float32, about zero mean and unit variance."""
+    mean, std = mean_std(imgs.shape[-3], imgs.device)
+    return (imgs / 255 - mean) / std
+
+
+def denormalize(imgs):
+    """Normalised (..., C, H, W) -> float32 in [0, 1], for pictures."""
+    mean, std = mean_std(imgs.shape[-3], imgs.device)
+    return (imgs.float() * std + mean).clamp(0, 1)
+
+
+class RandomErasing(v2.RandomErasing):
+    """Noise in a random box; for uint8, where the published one comes after normalisation: so all that is random
+    about an image stays a function of (seed, epoch, index), and its cost stays in the workers.
+
+    # DIFF: normal noise is clipped to what a pixel can hold, about 2 standard deviations.
+    """
+
+    def make_params(self, flat_inputs):
+        params = super().make_params(flat_inputs)
+        if params["v"] is not None:  # normal noise (C, h, w)
+            mean, std = mean_std(len(params["v"]))
+            params["v"] = ((params["v"] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return params
+
+
+class CentreCrop:
+    """MAE's evaluation: 7/8 of an image, its centre, up to 224 px; all of its short side above that (MAE's released
+    code). Non-square sizes: as much as covers (h, w). # DIFF: what has the right size already stays as it is."""
+
+    def __init__(self, size, interpolation):
+        self.size, self.interpolation = tuple(size), interpolation
+        self.cover = [s * 256 // 224 if max(size) <= 224 else s for s in size]
+
+    def __call__(self, image):
+        (H, W), (h, w) = image.shape[-2:], self.cover
+        if (H, W) == self.size:
+            return image
+        h, w = (h, h * W // H) if h * W >= w * H else (w * H // W, w)
+        image = v2.functional.resize(image, [h, w], self.interpolation, antialias=True)
+        return v2.functional.center_crop(image, self.size)
+
+
+# What a script's Config need not have.
+DEFAULTS = {"crop_ratio": (3 / 4, 4 / 3), "interpolation": "bicubic", "shift": 0, "labels": 0, "rand_augment": False,
+            "color_jitter": 0.0, "random_erasing": 0.0}
+
+
+def with_defaults(cfg):
+    return collections.ChainMap(vars(cfg), DEFAULTS)
+
+
+def augmentation(o):
+    """The training transforms that the options `o` (a mapping) ask for: uint8 (C, h, w) -> uint8 (C, *img_size)."""
+    size, cubic = tuple(o["img_size"]), v2.InterpolationMode(o["interpolation"])
+    steps = [v2.Resize(size, cubic)]  # returns what has the right size already
+    if tuple(o["crop_scale"]) != (1, 1):
+        steps = [v2.RandomResizedCrop(size, tuple(o["crop_scale"]), tuple(o["crop_ratio"]), cubic)]
+    if o["shift"]:
+        steps.append(v2.RandomCrop(size, padding=o["shift"], padding_mode="reflect"))
+    if o["flip"]:
+        steps.append(v2.RandomHorizontalFlip(o["flip"]))
+    if o["rand_augment"]:
+        if o["in_chans"] not in (1, 3):
+            raise ValueError(f"--rand_augment knows grey and RGB, not --in_chans {o['in_chans']}")
+        # DIFF: timm's rand-m9-mstd0.5-inc1 applies each operation with p 0.5, varies the magnitude by normal noise and
+        # knows Invert and SolarizeAdd. 9 of 11 bins is its strength (27 degrees), 9 of torchvision's 31 a third.
+        fill = (mean_std(o["in_chans"])[0] * 255).round().flatten().tolist()
+        steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, interpolation=BILINEAR, fill=fill))
+    if o["color_jitter"]:
+        steps.append(v2.ColorJitter(*[o["color_jitter"]] * 3))  # brightness, contrast, saturation
+    if o["random_erasing"]:
+        steps.append(RandomErasing(o["random_erasing"], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"))
+    return v2.Compose(steps)
