@@ -1,0 +1,86 @@
+"""Every figure of the project. matplotlib is imported where a figure is drawn, so that training does not need it."""
+
+from pathlib import Path
+
+
+def new_figure(width, height):
+    """A matplotlib figure of so many inches that needs no display, and its `save(path)`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+
+    def save(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+
+    return figure, save
+
+
+def as_picture(img):
+    """(C, H, W) in [0, 1] -> what imshow takes: (H, W, 3), or (H, W) grey if there are no three channels to show."""
+    return img[:3].permute(1, 2, 0).cpu().numpy() if len(img) >= 3 else img[0].cpu().numpy()
+
+
+def grid(path, rows, title):
+    """Rows of images, {row title: (B, C, H, W) in [0, 1]}, as a PNG with each row named at its left."""
+    rows = {name: imgs.float() for name, imgs in rows.items()}
+    count = len(next(iter(rows.values())))
+    H, W = next(iter(rows.values())).shape[2:]
+    figure, save = new_figure(1.1 + 1.15 * count, 0.4 + 1.15 * len(rows) * H / W)
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for line, (name, imgs) in zip(axes, rows.items(), strict=True):
+        for axis, img in zip(line, imgs, strict=True):
+            axis.imshow(as_picture(img), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    save(path)
+
+
+def confusion(path, counts, classes):
+    """A confusion matrix, counts[true][predicted], as shares of each true class."""
+    K = len(classes)
+    figure, save = new_figure(2 + 0.45 * K, 1.6 + 0.45 * K)
+    axis = figure.subplots()
+    totals = [max(1, sum(row)) for row in counts]
+    shares = [[n / total for n in row] for row, total in zip(counts, totals, strict=True)]
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(K), classes, rotation=60, ha="right", fontsize=8)
+    axis.set_yticks(range(K), classes, fontsize=8)
+    axis.set(xlabel="predicted", ylabel="true", title="Confusion: per cent of each true class")
+    if K <= 20:
+        for i, row in enumerate(shares):
+            for j, share in enumerate(row):
+                shade = "white" if share > 0.5 else "black"
+                axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=shade)
+    save(path)
+
+
+def demo(path, results, logs):
+    """Left the loss of pre-training, right the accuracy of every arm: bars are means over seeds, dots are seeds."""
+    figure, save = new_figure(9.6, 3.6)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.5])
+    for seed, lines in logs.items():
+        left.plot([line["step"] for line in lines], [line["loss"] for line in lines], lw=1.2, label=f"seed {seed}")
+    left.set(title="MAE pre-training", xlabel="step", ylabel="loss on hidden patches", yscale="log")
+    left.legend(frameon=False, fontsize=8)
+    arms = list(next(iter(next(iter(results.values())).values())))
+    arms = ["pre-trained", *[arm for arm in arms if arm != "pre-trained"]]
+    shades = dict(zip(arms, ["#d1495b", "#c9d6df", "#93a8b8", "#52687a"], strict=True))
+    labels = list(next(iter(results.values())))
+    for group, n in enumerate(labels):
+        for i, arm in enumerate(arms):
+            values = [result[n][arm] for result in results.values()]
+            x, mean = group + 0.2 * (i - 1.5), sum(values) / len(values)
+            right.bar(x, mean, 0.18, color=shades[arm], label=arm if group == 0 else None)
+            right.plot([x] * len(values), values, "k.", ms=3)
+            right.annotate(f"{mean:.0f}", (x, max(values)), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    right.set_xticks(range(len(labels)), [f"{n} labels" for n in labels])
+    right.set(title="Top-1 on test images after fine-tuning", ylabel="per cent", ylim=(0, 100))
+    right.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    save(path)

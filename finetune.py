@@ -1,0 +1,363 @@
+"""Fine-tuning: what a pre-trained encoder is worth once there are labels.
+
+    encoder.pt --> encoder --> mean of patch tokens (or class token) --> norm --> linear head --> cross-entropy
+
+One script for the protocols of the paper: everything trains, with smaller learning rates for earlier layers
+(`--mode finetune`); only a linear head trains (`--mode linear`); the same from random weights (`--init none`). Set-up
+and step are those of mae.py; what differs is the model, labels instead of masks, and the evaluation.
+
+Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377, A.1 and A.2.
+
+    CPU     python finetune.py --config configs/finetune_tiny.yaml --init runs/mae/encoder.pt --out runs/finetune
+    1 GPU   python finetune.py --config configs/finetune_vit_b.yaml --init runs/mae_b/encoder.pt --data /data/imagenet
+    8 GPUs  torchrun --nproc-per-node 8 finetune.py --config configs/finetune_vit_b.yaml --init ... --data ...
+    check   python finetune.py --eval --init runs/finetune/encoder.pt --data shapes --out runs/eval
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.transforms import v2
+
+import data
+import engine
+import figures
+import models
+import weights
+
+
+@dataclass
+class Config(engine.RunConfig):
+    """Fine-tuning of ViT-B as MAE's released recipe has it; the paper's table differs in lr and layer decay."""
+
+    init: str = "none"  # encoder.pt of a pre-training or fine-tuning run; none for random weights
+    mode: str = "finetune"  # finetune: everything trains; linear: the head alone, with LARS
+    model: str = "auto"  # vit_tiny, vit_ti, vit_s, vit_b, vit_l, vit_h; auto takes it from --init
+    patch_size: int = 0  # pixels; 0 takes it from --init
+    in_chans: int = 0  # image channels; 0 takes it from --init, or 3
+    img_size: engine.Size = (224, 224)  # height x width in pixels
+    pool: str = "mean"  # mean of patch tokens, or cls: the class token
+    head_norm: str = "auto"  # layer, batch (no affine), none; auto: layer for mean, none for cls, batch for linear
+    head_start: str = "random"  # random, or probe: logistic regression on the frozen features of the training set
+    split: str = "val"  # evaluate on val or test
+    labels: int = 0  # train on so many labelled images, the same number of every class; 0 for all
+    layer_decay: float = 0.65  # lr of a layer relative to the next one
+    drop_path: float = 0.1  # stochastic depth of the last block; grows linearly from 0 at the first
+    mixup: float = 0.8  # alpha of mixup; 0 for none
+    cutmix: float = 1.0  # alpha of cutmix; 0 for none; with both, every batch takes one of them
+    smoothing: float = 0.1  # label smoothing
+    rand_augment: bool = True  # two random operations of magnitude 9
+    color_jitter: float = 0.0  # strength; 0 for none
+    random_erasing: float = 0.25  # probability
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area that a random crop covers; 1,1 for none
+    flip: float = 0.5  # probability of a horizontal flip
+    shift: int = 0  # largest random shift in pixels
+    epochs: float = 100.0  # passes over the labelled images
+    warmup_epochs: float = 5.0  # linear warm-up of the learning rate
+    batch_size: int = 1024  # images of one optimizer step, over all processes
+    micro_batch: int = 128  # images that one process holds at once
+    base_lr: float = 5e-4  # per 256 images: lr = base_lr * batch_size / 256
+    min_lr: float = 1e-6  # end of the cosine
+    weight_decay: float = 0.05  # AdamW
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW
+    clip_grad: float = 0.0  # largest gradient norm; 0 for no clipping
+    eval_epochs: float = 5.0  # epochs between evaluations
+    eval: bool = False  # evaluate the classifier in --init and stop
+    confusion: bool = False  # draw OUT/pictures/confusion.png
+
+
+# -------------------- Labels and mixing --------------------
+
+
+def mix(imgs, targets, cfg, seed):
+    """Mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019) with one ratio for the whole global batch.
+
+    imgs (B, C, H, W), targets (B, K) one-hot -> the same shapes. Images at positions 2i and 2i + 1 are each
+    other's partners, so that no process needs an image that another one holds. torchvision's transforms mix an image
+    with the next of its batch: handing over all first and all second partners as a "batch" of two does just that.
+    """
+    kinds = {v2.MixUp: cfg.mixup, v2.CutMix: cfg.cutmix}
+    choices = [kind(alpha=alpha, num_classes=2) for kind, alpha in kinds.items() if alpha > 0]
+    if not choices:
+        return imgs, targets
+    B, C, H, W = imgs.shape
+    if B % 2:  # the last image of a short batch is its own partner
+        imgs, targets = mix(torch.cat([imgs, imgs[-1:]]), torch.cat([targets, targets[-1:]]), cfg, seed)
+        return imgs[:B], targets[:B]
+    pairs = imgs.view(B // 2, 2, C, H, W).transpose(0, 1).reshape(2, -1, H, W)  # (2, B/2 * C, H, W)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pairs, share = v2.RandomChoice(choices)(pairs, torch.arange(2, device=imgs.device))  # share (2, 2)
+    imgs = pairs.view(2, B // 2, C, H, W).transpose(0, 1).reshape(B, C, H, W)  # (B, C, H, W)
+    partners = targets.view(B // 2, 2, -1).flip(1).view(B, -1)  # (B, K)
+    return imgs, share[0, 0] * targets + share[0, 1] * partners
+
+
+# -------------------- Model --------------------
+
+
+class Classifier(nn.Module):
+    """An encoder with a linear head on pooled, normalised features.
+
+    The norm between them is a fresh LayerNorm in place of the encoder's last one (`layer`; MAE's code for mean
+    pooling), a BatchNorm without affine behind it (`batch`; MAE, A.1, linear probing), or nothing (`none`).
+    """
+
+    def __init__(self, encoder, num_classes, pool="mean", head_norm="layer"):
+        super().__init__()
+        if pool not in ("mean", "cls") or head_norm not in ("layer", "batch", "none"):
+            raise ValueError(f"--pool is mean or cls and --head_norm layer, batch or none, not {pool} and {head_norm}")
+        self.encoder, self.pool, self.head_norm = encoder, pool, head_norm
+        norms = {"layer": lambda: nn.LayerNorm(encoder.width, eps=1e-6), "none": nn.Identity,
+                 "batch": lambda: nn.BatchNorm1d(encoder.width, affine=False, eps=1e-6)}
+        self.fc_norm = norms[head_norm]()
+        if head_norm == "layer":
+            encoder.norm = nn.Identity()
+        self.head = nn.Linear(encoder.width, num_classes)
+        self.num_noise = 2 * encoder.num_layers
+        nn.init.normal_(self.head.weight, std=0.01 if head_norm == "batch" else 2e-5)  # MAE's released code
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, imgs, noise=None):
+        """(B, C, H, W) -> pooled features (B, D), before the head's norm."""
+        latent = self.encoder.encode(self.encoder.embed(imgs), noise=noise)  # (B, num_prefix + N, D)
+        prefix = self.encoder.num_prefix
+        return latent[:, 0] if self.pool == "cls" else latent[:, prefix:].mean(dim=1)  # (B, D)
+
+    def forward(self, imgs, noise=None):
+        """(B, C, H, W) -> logits (B, K); `noise` (B, 2 * layers) as the encoder takes it."""
+        return self.head(self.fc_norm(self.features(imgs, noise)))  # (B, K)
+
+    def export(self, classes):
+        """What encoder.pt needs beside the encoder to classify again: plain data and the tensors of norm and head."""
+        tensors = {k: v for k, v in self.state_dict().items() if not k.startswith("encoder.")}
+        return {"pool": self.pool, "head_norm": self.head_norm, "classes": list(classes), "tensors": tensors}
+
+    def depth_below(self, name):
+        """How many layers a parameter lies below the head, for layer decay: 0 for norm and head themselves."""
+        inside = name.startswith("encoder.")
+        return self.encoder.num_layers + 1 - self.encoder.layer_id(name.removeprefix("encoder.")) if inside else 0
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is, for a weight matrix, proportional to the norm of the matrix (You et al., 2017);
+    biases and other one-dimensional parameters take plain steps without weight decay (MAE, A.1)."""
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                update = parameter.grad
+                if parameter.dim() > 1:
+                    update = update.add(parameter, alpha=group["weight_decay"])
+                    size, length = parameter.norm(), update.norm()
+                    ratio = torch.where((size > 0) & (length > 0), group["trust"] * size / length, 1.0)
+                    update = update * ratio
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
+
+
+def resolve(cfg):
+    """(cfg with model, patch_size and in_chans as --init has them, content of --init). ValueError or FileNotFoundError,
+    in one line, if it is no encoder or another one than the options ask for."""
+    if cfg.mode not in ("finetune", "linear") or cfg.head_start not in ("random", "probe"):
+        raise ValueError(f"--mode is finetune or linear, --head_start random or probe; not {cfg.mode} {cfg.head_start}")
+    if cfg.split not in ("val", "test"):
+        raise ValueError(f"--split is val or test, not {cfg.split}")
+    if cfg.micro_batch % 2 and (cfg.mixup or cfg.cutmix) and cfg.mode != "linear":
+        raise ValueError(f"mixup and cutmix mix pairs: --micro_batch must be even, not {cfg.micro_batch}")
+    if cfg.init == "none":
+        if cfg.eval or cfg.model == "auto":
+            raise ValueError("--eval needs a classifier in --init" if cfg.eval else "--init none needs --model")
+        return dataclasses.replace(cfg, patch_size=cfg.patch_size or 16, in_chans=cfg.in_chans or 3), None
+    saved = weights.read_encoder(cfg.init)
+    arch = {name: saved["arch"][name] for name in ("model", "patch_size", "in_chans")}
+    for name, there in arch.items():
+        if getattr(cfg, name) not in ("auto", 0, there):
+            raise ValueError(f"--{name} {getattr(cfg, name)}, but the encoder in {cfg.init} has {name} {there}")
+    return dataclasses.replace(cfg, **arch), saved
+
+
+def build_classifier(cfg, saved, classes):
+    """The classifier to train or, with --eval, to evaluate; its encoder is the one in `saved`, or has random weights.
+    ValueError, in one line, if `saved` does not fit, or holds no classifier of these classes to evaluate."""
+    linear, probe = cfg.mode == "linear", cfg.head_start == "probe"
+    auto = "batch" if linear or probe else "layer" if cfg.pool == "mean" else "none"
+    pool, head_norm = cfg.pool, auto if cfg.head_norm == "auto" else cfg.head_norm
+    head = saved.get("classifier") if cfg.eval else None
+    if cfg.eval:
+        if not head or head["classes"] != classes:
+            raise ValueError(f"{cfg.init} holds no classifier of the {len(classes)} classes {', '.join(classes)[:80]}")
+        pool, head_norm = head["pool"], head["head_norm"]
+    encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans,
+                           learn_positions=not linear, drop_path=0.0 if linear else cfg.drop_path)
+    encoder.checkpointing = cfg.activation_checkpointing
+    model = Classifier(encoder, len(classes), pool, head_norm)
+    if saved:
+        weights.load_encoder(encoder, saved, cfg.init)
+    if cfg.eval:
+        tensors = {**{f"encoder.{k}": v for k, v in encoder.state_dict().items()}, **head["tensors"]}
+        weights.load_exactly(model, tensors, cfg.init)
+    encoder.requires_grad_(not linear)
+    return model
+
+
+def start_head(model, features, labels):
+    """Put the solution of L2-regularised logistic regression on normalised features (n, D), labels (n,), into the head,
+    so that fine-tuning does not begin by bending the encoder to a random head (Kumar et al., 2022)."""
+    mean, var = features.mean(dim=0), features.var(dim=0, unbiased=False)
+    if isinstance(model.fc_norm, nn.BatchNorm1d):
+        model.fc_norm.running_mean.copy_(mean)
+        model.fc_norm.running_var.copy_(var)
+    with torch.no_grad():
+        inputs = model.fc_norm.eval()(features)
+    solver = torch.optim.LBFGS(model.head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        solver.zero_grad()
+        loss = F.cross_entropy(model.head(inputs), labels) + 1e-2 * model.head.weight.square().sum()  # 1e-2: ours
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    model.head.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def extract(model, dataset, run, micro_batch, workers):
+    """Features (n, D) and labels (n,) of a whole data set, in order, on this process."""
+    model.eval()
+    chunks = data.in_order(len(dataset), micro_batch)
+    parts = [(model.features(data.normalize(imgs.to(run.device))).float(), labels.to(run.device))
+             for imgs, labels, _ in data.loader(dataset, chunks, workers)]
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def evaluate(model, dataset, run, micro_batch, workers):
+    """{top1, top5 in percent, images, per_class in percent, confusion (true x predicted)}: every image once, whatever
+    the number of processes: each takes every world-th image, and integer counts are added up."""
+    model.eval()
+    K = len(dataset.source.classes)
+    counts = torch.zeros(K * K + 1, dtype=torch.int64, device=run.device)  # confusion matrix, then top-5 hits
+    if run.world > 1:
+        for buffer in model.buffers():  # BatchNorm's statistics: those of process 0, which are the ones saved
+            dist.broadcast(buffer, 0)
+    for imgs, labels, _ in data.loader(dataset, data.in_order(len(dataset), micro_batch, run.rank, run.world), workers):
+        imgs, labels = data.normalize(imgs.to(run.device)), labels.to(run.device)
+        with engine.autocast(run):
+            best = model(imgs).topk(min(5, K), dim=1).indices  # (B, 5)
+        counts[: K * K] += torch.bincount(labels * K + best[:, 0], minlength=K * K)
+        counts[-1] += (best == labels[:, None]).sum()
+    if run.world > 1:
+        dist.all_reduce(counts)
+    confusion, n = counts[:-1].view(K, K).cpu(), int(counts[:-1].sum())  # (K, K)
+    per_class = 100 * confusion.diag() / confusion.sum(dim=1).clamp(min=1)
+    return {"top1": 100 * int(confusion.trace()) / n, "top5": 100 * int(counts[-1]) / n, "images": n,
+            "per_class": dict(zip(dataset.source.classes, [round(v, 2) for v in per_class.tolist()], strict=True)),
+            "confusion": confusion.tolist()}
+
+
+def report(cfg, run, result, **about):
+    """Print the accuracy, write OUT/result.json and, if asked for, the picture of the confusion matrix."""
+    if run.main:
+        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of {result['images']} images", flush=True)
+        (run.out / "result.json").write_text(json.dumps({**about, **result}, indent=1) + "\n")
+        if cfg.confusion:
+            figures.confusion(run.out / "pictures" / "confusion.png", result["confusion"], list(result["per_class"]))
+
+
+# -------------------- Training --------------------
+
+
+@engine.record
+def main(argv=None):
+    # Set-up: as in mae.py, with a labelled training and validation set, and layers that learn at their own rates.
+    cfg = engine.configure(Config, __doc__, argv)
+    run = engine.start(cfg)
+    with engine.user_errors():
+        cfg, saved = resolve(cfg)
+        if cfg.plan:
+            return engine.plan(cfg, lambda cfg: build_classifier(cfg, None, [str(i) for i in range(1000)]))
+        val = data.labelled_set(cfg, cfg.split)
+        classes = val.source.classes
+        model = build_classifier(cfg, saved, classes).to(run.device)
+        if cfg.eval:
+            engine.claim(cfg, run, None, {})
+            return report(cfg, run, evaluate(model, val, run, cfg.micro_batch, cfg.workers), init=cfg.init)
+        dataset = data.labelled_set(cfg, "train")
+        sampler = data.GlobalBatches(len(dataset), cfg.batch_size, cfg.micro_batch, cfg.seed, run.rank, run.world,
+                                     drop_last=cfg.drop_last)
+    if cfg.mode == "linear":
+        optimizer = LARS(engine.parameter_groups(model, cfg.weight_decay))
+    else:
+        scale = lambda name: cfg.layer_decay ** model.depth_below(name)  # noqa: E731
+        groups = engine.parameter_groups(model, cfg.weight_decay, scale)
+        optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
+    steps, warmup = (round(n * sampler.steps_per_epoch) for n in (cfg.epochs, cfg.warmup_epochs))
+    peak = cfg.base_lr * cfg.batch_size / 256  # linear scaling rule (MAE, A.1)
+    if cfg.head_start == "probe":
+        plain = data.labelled_set(cfg, "train", augment=False)
+        start_head(model, *extract(model, plain, run, cfg.micro_batch, cfg.workers))
+    first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak, images=len(dataset))
+    net = engine.distribute(cfg, run, model)
+    batches = engine.timed(run, data.loader(dataset, sampler, cfg.workers, pin=run.device.type == "cuda"))
+
+    # The loop. Every step is one optimizer step on one global batch, whatever holds it: processes x micro-batches.
+    model.train()
+    for step in range(first, run.last):
+        lr = engine.cosine(step, steps, warmup, peak, cfg.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        size = sampler.size(step)
+        noise = engine.noise(cfg.seed, step, size, model.num_noise, use="drop path")  # (B, 2 * layers)
+        loss = torch.zeros((), device=run.device)
+        for left in reversed(range(sampler.micro_batches(step))):
+            imgs, labels, where = next(batches)
+            imgs = data.normalize(imgs.to(run.device, non_blocking=True))  # (B, C, H, W)
+            targets = F.one_hot(labels.to(run.device), len(classes)).float()  # (B, K)
+            if cfg.mode == "finetune":
+                imgs, targets = mix(imgs, targets, cfg, engine.seed_of(cfg.seed, "mix", step))
+            with engine.sync_on(left == 0, net), engine.autocast(run):
+                logits = net(imgs, noise[where].to(run.device))  # (B, K)
+                part = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.smoothing) * (len(imgs) / size)
+            run.scaler.scale(part * run.world).backward()  # DDP averages over processes: x world makes that a sum
+            loss += part.detach()
+        run.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if cfg.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
+        loss, grad_norm, told = engine.agree(run, loss, grad_norm)
+        engine.check_finite(run, step, lr, loss, grad_norm)
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        engine.log(cfg, run, step, (step + 1) / sampler.steps_per_epoch, size, loss, lr, grad_norm)
+        if told or engine.save_due(cfg, run, step, sampler.steps_per_epoch):
+            engine.save(cfg, run, step + 1, model, optimizer, classifier=model.export(classes))
+        if told:
+            break
+        if engine.due(run, step, cfg.eval_epochs * sampler.steps_per_epoch) and step + 1 < run.last:
+            result = evaluate(model, val, run, cfg.micro_batch, cfg.workers)
+            engine.note(run, step=step + 1, top1=result["top1"], top5=result["top5"])
+            model.train()
+    done = step + 1 if run.last > first else first
+    if done == run.last:
+        report(cfg, run, evaluate(model, val, run, cfg.micro_batch, cfg.workers), step=done)
+    engine.finish(run, done)
+
+
+if __name__ == "__main__":
+    main()
