@@ -41,11 +41,13 @@ def noise(seed, step, *shape, use="mask"):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed_of(seed, use, step)))
 
 
-def cosine(step, steps, warmup, peak, floor=0.0):
-    """Learning rate of a step: linear from 0 over `warmup` steps, then half a cosine from `peak` to `floor` at `steps`
-    (MAE, Table 8; Loshchilov & Hutter, 2017)."""
+def schedule(kind, step, steps, warmup, peak, floor=0.0):
+    """Learning rate of a step: linear from 0 over `warmup` steps, then half a `cosine` from `peak` to `floor` at
+    `steps` (MAE, Table 8; Loshchilov & Hutter, 2017), or a `step` to a tenth after 7/8 of the run (SimMIM)."""
     if step < warmup:
         return peak * step / warmup
+    if kind == "step":
+        return peak if step < 0.875 * steps else 0.1 * peak
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 

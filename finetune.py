@@ -38,9 +38,10 @@ class Config(engine.RunConfig):
     init: str = "none"  # encoder.pt of a pre-training or fine-tuning run; none for random weights
     mode: str = "finetune"  # finetune: everything trains; linear: the head alone, with LARS
     model: str = "auto"  # vit_tiny, vit_ti, vit_s, vit_b, vit_l, vit_h; auto takes it from --init
-    patch_size: int = 0  # pixels; 0 takes it from --init
+    patch_size: int = 0  # pixels; 0 takes it from --init, or is 16 for a ViT and 4 for a pyramid
     in_chans: int = 0  # image channels; 0 takes it from --init, or 3
     img_size: engine.Size = (224, 224)  # height x width in pixels
+    window: int = 0  # side of Swin's windows in tokens; 0 as in --init, or 7
     pool: str = "mean"  # mean of patch tokens, or cls: the class token
     head_norm: str = "auto"  # layer, batch (no affine), none; auto: layer for mean, none for cls, batch for linear
     head_start: str = "random"  # random, or probe: logistic regression on the frozen features of the training set
@@ -61,7 +62,8 @@ class Config(engine.RunConfig):
     warmup_epochs: float = 5.0  # linear warm-up of the learning rate
     batch_size: int = 1024  # images of one optimizer step, over all processes
     micro_batch: int = 128  # images that one process holds at once
-    base_lr: float = 5e-4  # per 256 images: lr = base_lr * batch_size / 256
+    base_lr: float = 5e-4  # per lr_batch images: lr = base_lr * batch_size / lr_batch
+    lr_batch: int = 256  # images that base_lr is stated for
     min_lr: float = 1e-6  # end of the cosine
     weight_decay: float = 0.05  # AdamW
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
@@ -180,7 +182,7 @@ def resolve(cfg):
     if cfg.init == "none":
         if cfg.eval or cfg.model == "auto":
             raise ValueError("--eval needs a classifier in --init" if cfg.eval else "--init none needs --model")
-        return dataclasses.replace(cfg, patch_size=cfg.patch_size or 16, in_chans=cfg.in_chans or 3), None
+        return dataclasses.replace(cfg, in_chans=cfg.in_chans or 3), None
     saved = weights.read_encoder(cfg.init)
     arch = {name: saved["arch"][name] for name in ("model", "patch_size", "in_chans")}
     for name, there in arch.items():
@@ -200,8 +202,13 @@ def build_classifier(cfg, saved, classes):
         if not head or head["classes"] != classes:
             raise ValueError(f"{cfg.init} holds no classifier of the {len(classes)} classes {', '.join(classes)[:80]}")
         pool, head_norm = head["pool"], head["head_norm"]
-    encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans,
-                           learn_positions=not linear, drop_path=0.0 if linear else cfg.drop_path)
+    options = dict(saved["arch"]["options"]) if saved else {}
+    if cfg.window:
+        options["window"] = cfg.window
+    if options.get("positions") == "shared_bias" and not linear:
+        options["positions"] = "block_bias"  # as SimMIM fine-tunes: every block gets a table of its own
+    encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, learn_positions=not linear,
+                           drop_path=0.0 if linear else cfg.drop_path, **options)
     encoder.checkpointing = cfg.activation_checkpointing
     model = Classifier(encoder, len(classes), pool, head_norm)
     if saved:
@@ -306,7 +313,7 @@ def main(argv=None):
         groups = engine.parameter_groups(model, cfg.weight_decay, scale)
         optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
     steps, warmup = (round(n * sampler.steps_per_epoch) for n in (cfg.epochs, cfg.warmup_epochs))
-    peak = cfg.base_lr * cfg.batch_size / 256  # linear scaling rule (MAE, A.1)
+    peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
     if cfg.head_start == "probe":
         plain = data.labelled_set(cfg, "train", augment=False)
         start_head(model, *extract(model, plain, run, cfg.micro_batch, cfg.workers))
@@ -317,7 +324,7 @@ def main(argv=None):
     # The loop. Every step is one optimizer step on one global batch, whatever holds it: processes x micro-batches.
     model.train()
     for step in range(first, run.last):
-        lr = engine.cosine(step, steps, warmup, peak, cfg.min_lr)
+        lr = engine.schedule(cfg.schedule, step, steps, warmup, peak, cfg.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         size = sampler.size(step)

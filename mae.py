@@ -47,7 +47,8 @@ class Config(engine.RunConfig):
     warmup_epochs: float = 40.0  # linear warm-up of the learning rate
     batch_size: int = 4096  # images of one optimizer step, over all processes
     micro_batch: int = 128  # images that one process holds at once
-    base_lr: float = 1.5e-4  # per 256 images: lr = base_lr * batch_size / 256
+    base_lr: float = 1.5e-4  # per lr_batch images: lr = base_lr * batch_size / lr_batch
+    lr_batch: int = 256  # images that base_lr is stated for
     min_lr: float = 0.0  # end of the cosine
     weight_decay: float = 0.05  # AdamW
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
@@ -217,7 +218,7 @@ def main(argv=None):
     sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, cfg.weight_decay), betas=cfg.betas, fused=True)
     steps, warmup = (round(n * sampler.steps_per_epoch) for n in (cfg.epochs, cfg.warmup_epochs))
-    peak = cfg.base_lr * cfg.batch_size / 256  # linear scaling rule (MAE, A.1)
+    peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
     first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak,
                             loss_of_trivial_predictors=model.prepare(sample, sample_noise))
     net = engine.distribute(cfg, run, model)
@@ -225,7 +226,7 @@ def main(argv=None):
 
     # The loop. Every step is one optimizer step on one global batch, whatever holds it: processes x micro-batches.
     for step in range(first, run.last):
-        lr = engine.cosine(step, steps, warmup, peak, cfg.min_lr)
+        lr = engine.schedule(cfg.schedule, step, steps, warmup, peak, cfg.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         size = sampler.size(step)
@@ -251,7 +252,7 @@ def main(argv=None):
         engine.log(cfg, run, step, (step + 1) / sampler.steps_per_epoch, size, loss, lr, grad_norm)
         if run.main and engine.due(run, step, cfg.picture_epochs * sampler.steps_per_epoch):
             pictures = reconstruct(model, sample[:8], sample_noise[:8])
-            figures.grid(run.out / "pictures" / f"step_{step + 1:07d}.png", pictures, title=f"MAE, step {step + 1}")
+            figures.grid(run.out / "pictures" / f"step_{step + 1:07d}.png", pictures, f"step {step + 1}")
         if told or engine.save_due(cfg, run, step, sampler.steps_per_epoch):
             engine.save(cfg, run, step + 1, model, optimizer)
         if told:

@@ -36,6 +36,7 @@ class RunConfig:
     out: str = "runs/run"  # folder for config.yaml, log.jsonl, last.pt, encoder.pt, pictures/
     resume: bool = False  # go on from OUT/last.pt, or begin if there is none
     overwrite: bool = False  # replace the run that OUT holds
+    schedule: str = "cosine"  # of the learning rate: cosine, or step (to a tenth after 7/8 of the run)
     seed: int = 0  # of weights, order, crops, masks
     drop_last: bool = True  # leave out the images that fill no batch at the end of an epoch
     workers: int = 0  # image-loading processes beside each training process
@@ -165,6 +166,8 @@ def check(cfg, world):
     for name in ("batch_size", "micro_batch", "epochs", "log_every", "save_minutes", "save_epochs", "timeout_minutes"):
         if getattr(cfg, name) <= 0:
             fail(f"--{name} must be greater than 0, not {getattr(cfg, name)}")
+    if cfg.schedule not in ("cosine", "step"):
+        fail(f"--schedule is cosine or step, not {cfg.schedule!r}")
     if cfg.device not in ("auto", "cpu", "cuda"):
         fail(f"--device is auto, cpu or cuda, not {cfg.device!r}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -202,7 +205,7 @@ def plain(value):
 
 def fixed(cfg):
     """The options that a resumed run must share with its beginning: all but those that cannot change a number."""
-    free = {f.name for f in dataclasses.fields(RunConfig)} - {"data", "max_bad", "seed", "drop_last", "precision"}
+    free = {f.name for f in dataclasses.fields(RunConfig)} - {"data", "max_bad", "schedule", "seed", "drop_last", "precision"}
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free | {"micro_batch", "picture_epochs"}}
 
 
