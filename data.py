@@ -243,6 +243,11 @@ class GlobalBatches(torch.utils.data.Sampler):
                 yield from (mine[k * len(mine) // count : (k + 1) * len(mine) // count] for k in range(count))
 
 
+def global_batches(n, cfg, run):
+    """The GlobalBatches of n images that the options and this process ask for."""
+    return GlobalBatches(n, cfg.batch_size, cfg.micro_batch, cfg.seed, run.rank, run.world, drop_last=cfg.drop_last)
+
+
 def in_order(n, micro_batch, rank=0, world=1):
     """Every image once, for evaluation: this process's part, as lists of (epoch 0, index, index). No part is padded, so
     that processes may hold different numbers of batches."""

@@ -1,8 +1,8 @@
 """What every script does before, beside and after its training loop; functions only.
 
 The dividing rule: a line that would change the loss, the gradient or the order of a step lives in the method file.
-What lives here is a no-op on one GPU (process group, no_sync), runs once before or after the loop (set-up, checkpoints,
-the plan), or is a pure function (schedule, noise, parameter groups). Nothing here wraps backward or step.
+What lives here is a no-op on one GPU (process group, no_sync), runs once before or after the loop (set-up, saving),
+or is a pure function (schedule, noise, parameter groups). Nothing here wraps backward or step.
 """
 
 import contextlib
@@ -18,12 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401  names the failed worker to torchrun
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import weights
+from cost import plan  # noqa: F401
 from options import RunConfig, Size, check, claim, configure, fail, fixed, plain, user_errors  # noqa: F401
 
 # -------------------- Pure functions: randomness, schedule, parameter groups --------------------
@@ -46,15 +45,23 @@ def schedule(kind, step, steps, warmup, peak, floor=0.0):
     `steps` (MAE, Table 8; Loshchilov & Hutter, 2017), or a `step` to a tenth after 7/8 of the run (SimMIM)."""
     if step < warmup:
         return peak * step / warmup
+    # DIFF: SimMIM's released cosine runs from step 0, warm-up included, and drops by a tenth where the warm-up ends.
     if kind == "step":
         return peak if step < 0.875 * steps else 0.1 * peak
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def lengths(cfg, steps_per_epoch):
+    """(steps of the run, of its warm-up). A warm-up as long as the run, as 40 epochs are in a short trial of a long
+    recipe, is cut to a twentieth of it: MAE's 40 of 800 epochs."""
+    steps, warmup = (round(epochs * steps_per_epoch) for epochs in (cfg.epochs, cfg.warmup_epochs))
+    return steps, warmup if warmup < steps else steps // 20
+
+
 def parameter_groups(model, weight_decay, layer_scale=lambda name: 1.0):
     """AdamW's groups: no weight decay for what has one dimension, nor for class and mask tokens, position and bias
     tables; `lr_scale` from `layer_scale(parameter name)`. The groups are asserted to hold every parameter once."""
-    # DIFF: MAE's released pre-training code decays class and mask tokens, its fine-tuning code does not; we never do.
+    # DIFF: class and mask tokens and bias tables are never decayed; the released pre-training codes decay some of them.
     groups = {}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for name, parameter in trainable:
@@ -105,13 +112,16 @@ def open_run(cfg, run, model, optimizer, sampler, steps, **about):
     """
     with user_errors():
         saved = weights.read_newest(run.out / "last.pt") if cfg.resume else None
-        if saved:
+        if saved is not None:
+            weights.require_run(saved, run.out / "last.pt")
             now, then = plain(fixed(cfg)), saved["config"]
             if changed := [f"--{k} was {then.get(k)} and is {now[k]}" for k in now if then.get(k) != now[k]]:
                 raise ValueError(f"--resume with other options: {', '.join(changed)}; give those a new --out")
             weights.load_exactly(model, saved["model"], run.out / "last.pt")
             weights.load_optimizer(optimizer, saved["optimizer"], run.out / "last.pt")
             run.scaler.load_state_dict(saved["scaler"])
+        if steps < 1:
+            raise ValueError(f"--epochs {cfg.epochs:g} of {sampler.steps_per_epoch} steps each make no step")
         if run.main:
             claim(cfg, run, saved, about)
     first = saved["step"] if saved else 0
@@ -193,6 +203,8 @@ def check_finite(run, step, lr, loss, grad_norm):
     """Stop before the optimizer carries a NaN into the weights. (Under fp16 an infinite gradient alone is ordinary: the
     scaler skips that update and lowers its scale.)"""
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+        if dist.is_initialized():  # a process that exits inside its group may abort instead of exiting with code 2
+            dist.destroy_process_group()
         fail(f"step {step}: loss {loss}, gradient norm {grad_norm}, lr {lr:.3e}; this step changed nothing, and "
              f"{run.out / 'last.pt'} is as it was; try --precision bf16 or fp32, a lower --base_lr, --clip_grad 1")
 
@@ -222,7 +234,7 @@ def log(cfg, run, step, epoch, images, loss, lr, grad_norm):
 def note(run, **line):
     """Append a line to log.jsonl."""
     if run.main:
-        with open(run.out / "log.jsonl", "a") as file:
+        with user_errors(), open(run.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -257,40 +269,3 @@ def finish(run, done):
         if run.main:
             print(f"stopped after step {done} of {run.last} and saved; add --resume to go on", flush=True)
         raise SystemExit(128 + (run.signal or signal.SIGTERM))
-
-
-# -------------------- Instead of the loop: the plan --------------------
-
-
-def plan(cfg, build):
-    """Print what the model `build(cfg)` costs without allocating any of it: parameters, FLOPs, memory per micro_batch,
-    and the largest micro_batch for a 24 GB card. Only shapes are run (torch's FakeTensorMode), in about a second.
-
-    Memory = 16 bytes a trained parameter (fp32 weight, gradient, two moments of Adam), 4 a frozen one + what autograd
-    keeps for backward, weights cast by autocast included, + 1.5 GB for CUDA's context and workspaces (an assumption).
-    """
-    dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
-
-    def forward(micro_batch):  # -> bytes kept for backward, FLOPs
-        kept = {}  # a storage may be saved many times; it is counted once, and the tensor kept so that ids stay unique
-        hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.setdefault(id(t.untyped_storage()), t.detach()) is None or t, lambda t: t)
-        autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-        with hooks, autocast, FlopCounterMode(display=False) as counter:
-            model(torch.zeros(micro_batch, cfg.in_chans, *cfg.img_size), torch.rand(micro_batch, model.num_noise))
-        own = {id(t.untyped_storage()) for t in model.state_dict(keep_vars=True).values()}
-        return sum(t.untyped_storage().nbytes() for i, t in kept.items() if i not in own), counter.get_total_flops()
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build(cfg).train()
-        (two, flops), (four, _) = forward(2), forward(4)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - count
-    each, besides = (four - two) / 2, 16 * count + 4 * frozen + (2 * two - four) + 1.5e9
-    print(f"{count / 1e6:.1f} M trained parameters\n{flops / 2e9:.2f} GFLOPs an image forward (a multiply-add is two), "
-          f"three times that in a step\n{each / 1e6:.1f} MB an image kept for backward in {dtype}, "
-          f"{besides / 1e9:.2f} GB besides")
-    for n in (1, 8, 32, 64, 128, 256):
-        print(f"  --micro_batch {n:<4} {(besides + n * each) / 1e9:7.2f} GB")
-    largest = min(cfg.batch_size, max(0, int((24e9 - besides) // max(each, 1))))
-    print(f"largest on a 24 GB card: --micro_batch {largest} (an estimate)")

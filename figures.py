@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from options import user_errors
+
 
 def new_figure(width, height):
     """A matplotlib figure of so many inches that needs no display, and its `save(path)`."""
@@ -12,8 +14,9 @@ def new_figure(width, height):
     FigureCanvasAgg(figure)
 
     def save(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        with user_errors():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=120)
 
     return figure, save
 
@@ -65,7 +68,7 @@ def demo(path, results, logs):
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.5])
     for seed, lines in logs.items():
         left.plot([line["step"] for line in lines], [line["loss"] for line in lines], lw=1.2, label=f"seed {seed}")
-    left.set(title="MAE pre-training", xlabel="step", ylabel="loss on hidden patches", yscale="log")
+    left.set(title="MAE pre-training", xlabel="step", ylabel="loss on hidden patches", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
     arms = list(next(iter(next(iter(results.values())).values())))
     arms = ["pre-trained", *[arm for arm in arms if arm != "pre-trained"]]

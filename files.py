@@ -48,7 +48,7 @@ def decode(path, in_chans=3, min_side=0):
 
     16 bits are scaled, not cut off as PIL's convert does. Transparency is composited on white (ours): dropping it would
     show whatever colour lies hidden there. .npy holds (H, W, C) or (H, W) of uint8, uint16, or floats in [0, 1].
-    # DIFF: with `min_side`, a JPEG is decoded at 1/2, 1/4 or 1/8 as long as both sides keep `min_side` pixels.
+    # DIFF: a huge JPEG is decoded at 1/2, 1/4 or 1/8 where no crop could have used more pixels (`min_side`).
     """
     try:
         if path.lower().endswith(".npy"):  # mapped, because a header may promise more than the file holds

@@ -11,7 +11,7 @@ Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.0
     CPU     python finetune.py --config configs/finetune_tiny.yaml --init runs/mae/encoder.pt --out runs/finetune
     1 GPU   python finetune.py --config configs/finetune_vit_b.yaml --init runs/mae_b/encoder.pt --data /data/imagenet
     8 GPUs  torchrun --nproc-per-node 8 finetune.py --config configs/finetune_vit_b.yaml --init ... --data ...
-    check   python finetune.py --eval --init runs/finetune/encoder.pt --data shapes --out runs/eval
+    check   python finetune.py --eval --init runs/finetune/encoder.pt --out runs/eval
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.transforms import v2
 
 import data
 import engine
 import figures
 import models
 import weights
+from transforms import mix
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Config(engine.RunConfig):
     model: str = "auto"  # vit_tiny, vit_ti, vit_s, vit_b, vit_l, vit_h; auto takes it from --init
     patch_size: int = 0  # pixels; 0 takes it from --init, or is 16 for a ViT and 4 for a pyramid
     in_chans: int = 0  # image channels; 0 takes it from --init, or 3
-    img_size: engine.Size = (224, 224)  # height x width in pixels
+    img_size: engine.Size = (0, 0)  # height x width in pixels; 0 takes it from --init, or is 224
     window: int = 0  # side of Swin's windows in tokens; 0 as in --init, or 7
     pool: str = "mean"  # mean of patch tokens, or cls: the class token
     head_norm: str = "auto"  # layer, batch (no affine), none; auto: layer for mean, none for cls, batch for linear
@@ -73,42 +73,12 @@ class Config(engine.RunConfig):
     confusion: bool = False  # draw OUT/pictures/confusion.png
 
 
-# -------------------- Labels and mixing --------------------
-
-
-def mix(imgs, targets, cfg, seed):
-    """Mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019) with one ratio for the whole global batch.
-
-    imgs (B, C, H, W), targets (B, K) one-hot -> the same shapes. Images at positions 2i and 2i + 1 are each
-    other's partners, so that no process needs an image that another one holds. torchvision's transforms mix an image
-    with the next of its batch: handing over all first and all second partners as a "batch" of two does just that.
-    """
-    kinds = {v2.MixUp: cfg.mixup, v2.CutMix: cfg.cutmix}
-    choices = [kind(alpha=alpha, num_classes=2) for kind, alpha in kinds.items() if alpha > 0]
-    if not choices:
-        return imgs, targets
-    B, C, H, W = imgs.shape
-    if B % 2:  # the last image of a short batch is its own partner
-        imgs, targets = mix(torch.cat([imgs, imgs[-1:]]), torch.cat([targets, targets[-1:]]), cfg, seed)
-        return imgs[:B], targets[:B]
-    pairs = imgs.view(B // 2, 2, C, H, W).transpose(0, 1).reshape(2, -1, H, W)  # (2, B/2 * C, H, W)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pairs, share = v2.RandomChoice(choices)(pairs, torch.arange(2, device=imgs.device))  # share (2, 2)
-    imgs = pairs.view(2, B // 2, C, H, W).transpose(0, 1).reshape(B, C, H, W)  # (B, C, H, W)
-    partners = targets.view(B // 2, 2, -1).flip(1).view(B, -1)  # (B, K)
-    return imgs, share[0, 0] * targets + share[0, 1] * partners
-
-
-# -------------------- Model --------------------
-
+# ---------------------------------------- Model
 
 class Classifier(nn.Module):
-    """An encoder with a linear head on pooled, normalised features.
-
-    The norm between them is a fresh LayerNorm in place of the encoder's last one (`layer`; MAE's code for mean
-    pooling), a BatchNorm without affine behind it (`batch`; MAE, A.1, linear probing), or nothing (`none`).
-    """
+    """An encoder with a linear head on pooled, normalised features. The norm between them is a fresh LayerNorm in place
+    of the encoder's last one (`layer`, as MAE's code for mean pooling), a BatchNorm without affine behind it (`batch`,
+    as in MAE, A.1), or nothing (`none`)."""
 
     def __init__(self, encoder, num_classes, pool="mean", head_norm="layer"):
         super().__init__()
@@ -178,24 +148,26 @@ def resolve(cfg):
     if cfg.split not in ("val", "test"):
         raise ValueError(f"--split is val or test, not {cfg.split}")
     if cfg.micro_batch % 2 and (cfg.mixup or cfg.cutmix) and cfg.mode != "linear":
-        raise ValueError(f"mixup and cutmix mix pairs: --micro_batch must be even, not {cfg.micro_batch}")
+        raise ValueError(f"mixup and cutmix mix pairs: --micro_batch {cfg.micro_batch} must be even")
     if cfg.init == "none":
         if cfg.eval or cfg.model == "auto":
             raise ValueError("--eval needs a classifier in --init" if cfg.eval else "--init none needs --model")
-        return dataclasses.replace(cfg, in_chans=cfg.in_chans or 3), None
-    saved = weights.read_encoder(cfg.init)
-    arch = {name: saved["arch"][name] for name in ("model", "patch_size", "in_chans")}
-    for name, there in arch.items():
-        if getattr(cfg, name) not in ("auto", 0, there):
-            raise ValueError(f"--{name} {getattr(cfg, name)}, but the encoder in {cfg.init} has {name} {there}")
-    return dataclasses.replace(cfg, **arch), saved
+        arch, saved = {"in_chans": cfg.in_chans or 3, "img_size": (224, 224)}, None
+    else:
+        saved = weights.read_encoder(cfg.init)
+        arch = {name: saved["arch"][name] for name in ("model", "patch_size", "in_chans", "img_size")}
+    for name in arch.keys() - {"img_size"}:
+        if getattr(cfg, name) not in ("auto", 0, arch[name]):
+            raise ValueError(f"--{name} {getattr(cfg, name)}, but the encoder in {cfg.init} has {name} {arch[name]}")
+    size = cfg.img_size if any(cfg.img_size) else tuple(arch["img_size"])
+    return dataclasses.replace(cfg, **{**arch, "img_size": size}), saved
 
 
 def build_classifier(cfg, saved, classes):
     """The classifier to train or, with --eval, to evaluate; its encoder is the one in `saved`, or has random weights.
     ValueError, in one line, if `saved` does not fit, or holds no classifier of these classes to evaluate."""
-    linear, probe = cfg.mode == "linear", cfg.head_start == "probe"
-    auto = "batch" if linear or probe else "layer" if cfg.pool == "mean" else "none"
+    linear = cfg.mode == "linear"
+    auto = "batch" if linear or cfg.head_start == "probe" else "layer" if cfg.pool == "mean" else "none"
     pool, head_norm = cfg.pool, auto if cfg.head_norm == "auto" else cfg.head_norm
     head = saved.get("classifier") if cfg.eval else None
     if cfg.eval:
@@ -223,10 +195,9 @@ def build_classifier(cfg, saved, classes):
 def start_head(model, features, labels):
     """Put the solution of L2-regularised logistic regression on normalised features (n, D), labels (n,), into the head,
     so that fine-tuning does not begin by bending the encoder to a random head (Kumar et al., 2022)."""
-    mean, var = features.mean(dim=0), features.var(dim=0, unbiased=False)
     if isinstance(model.fc_norm, nn.BatchNorm1d):
-        model.fc_norm.running_mean.copy_(mean)
-        model.fc_norm.running_var.copy_(var)
+        model.fc_norm.running_mean.copy_(features.mean(dim=0))
+        model.fc_norm.running_var.copy_(features.var(dim=0, unbiased=False))
     with torch.no_grad():
         inputs = model.fc_norm.eval()(features)
     solver = torch.optim.LBFGS(model.head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
@@ -248,7 +219,7 @@ def extract(model, dataset, run, micro_batch, workers):
     chunks = data.in_order(len(dataset), micro_batch)
     parts = [(model.features(data.normalize(imgs.to(run.device))).float(), labels.to(run.device))
              for imgs, labels, _ in data.loader(dataset, chunks, workers)]
-    return [torch.cat(part) for part in zip(*parts, strict=True)]
+    return [torch.cat(part) for part in zip(*parts, strict=True)]  # (n, D), (n,)
 
 
 @torch.no_grad()
@@ -277,7 +248,7 @@ def evaluate(model, dataset, run, micro_batch, workers):
 
 
 def report(cfg, run, result, **about):
-    """Print the accuracy, write OUT/result.json and, if asked for, the picture of the confusion matrix."""
+    """Print the accuracy, write OUT/result.json and, if asked for, draw the confusion matrix."""
     if run.main:
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of {result['images']} images", flush=True)
         (run.out / "result.json").write_text(json.dumps({**about, **result}, indent=1) + "\n")
@@ -285,8 +256,7 @@ def report(cfg, run, result, **about):
             figures.confusion(run.out / "pictures" / "confusion.png", result["confusion"], list(result["per_class"]))
 
 
-# -------------------- Training --------------------
-
+# ---------------------------------------- Training
 
 @engine.record
 def main(argv=None):
@@ -301,18 +271,18 @@ def main(argv=None):
         classes = val.source.classes
         model = build_classifier(cfg, saved, classes).to(run.device)
         if cfg.eval:
-            engine.claim(cfg, run, None, {})
+            if run.main:
+                engine.claim(cfg, run, None, {})
             return report(cfg, run, evaluate(model, val, run, cfg.micro_batch, cfg.workers), init=cfg.init)
         dataset = data.labelled_set(cfg, "train")
-        sampler = data.GlobalBatches(len(dataset), cfg.batch_size, cfg.micro_batch, cfg.seed, run.rank, run.world,
-                                     drop_last=cfg.drop_last)
+        sampler = data.global_batches(len(dataset), cfg, run)
     if cfg.mode == "linear":
         optimizer = LARS(engine.parameter_groups(model, cfg.weight_decay))
     else:
         scale = lambda name: cfg.layer_decay ** model.depth_below(name)  # noqa: E731
         groups = engine.parameter_groups(model, cfg.weight_decay, scale)
         optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
-    steps, warmup = (round(n * sampler.steps_per_epoch) for n in (cfg.epochs, cfg.warmup_epochs))
+    steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
     peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
     if cfg.head_start == "probe":
         plain = data.labelled_set(cfg, "train", augment=False)

@@ -30,7 +30,7 @@ import models
 class Config(engine.RunConfig):
     """Pre-training of ViT-B as in the paper's main results (MAE, Table 8 and A.1)."""
     model: str = "vit_b"  # vit_tiny, vit_ti, vit_s, vit_b, vit_l, vit_h
-    patch_size: int = 16  # pixels; must divide the image
+    patch_size: int = 16  # pixels; must divide the image; 0 is 16
     mask: str = "random"  # random, block, grid (MAE, Fig. 6)
     mask_ratio: float = 0.75  # share of patches that is hidden, in [0, 1)
     target: str = "norm_pixels"  # pixels, norm_pixels (each patch to mean 0, std 1), pca
@@ -53,7 +53,6 @@ class Config(engine.RunConfig):
     weight_decay: float = 0.05  # AdamW
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     clip_grad: float = 0.0  # largest gradient norm; 0 for no clipping
-    picture_epochs: float = 20.0  # epochs between pictures of reconstructions
 
 
 # ---------------------------------------- Masks
@@ -92,16 +91,16 @@ class MAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        pixels = cfg.patch_size**2 * cfg.in_chans
-        values = cfg.pca_dim if cfg.target == "pca" else pixels  # what is predicted for a patch
-        if not 0 <= cfg.mask_ratio < 1 or not 0 < values <= pixels:
-            raise ValueError(f"--mask_ratio must lie in [0, 1) and --pca_dim in [1, {pixels}], the values of a patch; "
-                             f"not {cfg.mask_ratio} and {cfg.pca_dim}")
-        if cfg.mask not in SCORES or cfg.target not in ("pixels", "norm_pixels", "pca"):
-            raise ValueError("--mask is random, grid or block and --target pixels, norm_pixels or pca, not "
-                             f"{cfg.mask} and {cfg.target}")
-        self.cfg = cfg
         self.encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
+        pixels = self.encoder.stride**2 * cfg.in_chans
+        values = cfg.pca_dim if cfg.target == "pca" else pixels  # what is predicted for a patch
+        if self.encoder.num_prefix == 0:
+            raise ValueError(f"a pyramid such as {cfg.model} cannot encode a set of patches; see um_mae.py")
+        if not 0 <= cfg.mask_ratio < 1 or not 0 < values <= pixels:
+            raise ValueError(f"--mask_ratio {cfg.mask_ratio} not in [0, 1), --pca_dim {cfg.pca_dim} not in 1..{pixels}")
+        if cfg.mask not in SCORES or cfg.target not in ("pixels", "norm_pixels", "pca"):
+            raise ValueError(f"--mask {cfg.mask}: random, grid, block; --target {cfg.target}: pixels, norm_pixels, pca")
+        self.cfg = cfg
         self.decoder = models.Decoder(
             self.encoder.width, values, self.encoder.grid, cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
         self.encoder.checkpointing = self.decoder.checkpointing = cfg.activation_checkpointing
@@ -128,8 +127,8 @@ class MAE(nn.Module):
         if self.cfg.mask_tokens_in_encoder:
             return self.encoder.encode(torch.where(mask[..., None], self.mask_token, tokens))  # (B, 1 + N, D)
         tokens = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[2]))  # (B, N_keep, D)
-        w = self.encoder.grid[1]
-        return self.encoder.encode(tokens, coords=torch.stack([ids_keep // w, ids_keep % w], dim=2))
+        coords = torch.stack(torch.unravel_index(ids_keep, self.encoder.grid), dim=2)  # (B, N_keep, 2)
+        return self.encoder.encode(tokens, coords)
 
     def decode(self, latent, ids_restore):
         """Mask tokens are appended, the list is put back in raster order, every patch is predicted: (B, N, p*p*C)."""
@@ -144,7 +143,7 @@ class MAE(nn.Module):
 
     def target(self, imgs, flat=False):
         """What to paint on each patch, fp32: (B, N, p*p*C), or (B, N, pca_dim). `flat`: as if it had one colour."""
-        patches = painted = models.patchify(imgs.float(), self.cfg.patch_size)  # (B, N, p*p*C)
+        patches = painted = models.patchify(imgs.float(), self.encoder.stride)  # (B, N, p*p*C)
         if flat:
             pixels = patches.unflatten(2, (-1, self.cfg.in_chans))  # (B, N, p*p, C)
             painted = pixels.mean(dim=2, keepdim=True).expand_as(pixels).flatten(2)  # (B, N, p*p*C)
@@ -169,10 +168,9 @@ class MAE(nn.Module):
         return self.loss(pred, self.target(imgs), mask)
 
     def prepare(self, imgs, noise):
-        """Before training: find the basis of the PCA target, and return the loss of two trivial predictors (zero, and
-        each patch's true mean colour), which the first losses are to be read against."""
+        """Before training: find the basis of the PCA target; return the loss of two trivial predictors, to compare."""
         if self.cfg.target == "pca":
-            patches = models.patchify(imgs, self.cfg.patch_size).flatten(0, 1)  # (B*N, p*p*C)
+            patches = models.patchify(imgs, self.encoder.stride).flatten(0, 1)  # (B*N, p*p*C)
             self.pca_mean.copy_(patches.mean(dim=0))
             vectors = torch.linalg.eigh(torch.cov(patches.T)).eigenvectors  # (p*p*C, p*p*C), ascending variance
             self.pca_basis.copy_(vectors.flip(1)[:, : self.cfg.pca_dim])
@@ -183,21 +181,20 @@ class MAE(nn.Module):
 
 @torch.no_grad()
 def reconstruct(model, imgs, noise):
-    """{row title: images (B, C, H, W) in [0, 1]}: original, masked, prediction, and prediction pasted between what was
-    visible. imgs normalised. A normalised target says nothing about a patch's own mean and contrast, so these are taken
-    from the original, and the title says so."""
-    cfg, grid = model.cfg, model.encoder.grid
+    """{row title: images (B, C, H, W) in [0, 1]}; imgs normalised. A normalised target says nothing about a patch's own
+    mean and contrast: these are taken from the original, and the title says so."""
+    grid, p = model.encoder.grid, model.encoder.stride
     ids_keep, ids_restore, mask = model.mask(noise)
     pred = model.decode(model.encode(model.embed(imgs), ids_keep, mask), ids_restore).float()
-    patches, note = models.patchify(imgs, cfg.patch_size), ""
-    if cfg.target == "norm_pixels":
+    patches, note = models.patchify(imgs, p), ""
+    if model.cfg.target == "norm_pixels":
         mean, std = models.patch_statistics(patches)
         pred, note = pred * std + mean, "\n(true mean and std\nof each patch)"
-    elif cfg.target == "pca":
+    elif model.cfg.target == "pca":
         pred = pred @ model.pca_basis.T + model.pca_mean  # (B, N, p*p*C)
     rows = {"original": patches, "masked": patches.masked_fill(mask[..., None], 0.0), "prediction" + note: pred,
             "prediction\nand visible": torch.where(mask[..., None], pred, patches)}
-    return {title: data.denormalize(models.unpatchify(row, cfg.patch_size, grid)) for title, row in rows.items()}
+    return {title: data.denormalize(models.unpatchify(row, p, grid)) for title, row in rows.items()}
 
 
 # ---------------------------------------- Training
@@ -212,12 +209,11 @@ def main(argv=None):
             return engine.plan(cfg, MAE)
         model = MAE(cfg).to(run.device)
         dataset = data.pretrain_set(cfg)
-        sampler = data.GlobalBatches(len(dataset), cfg.batch_size, cfg.micro_batch, cfg.seed, run.rank, run.world,
-                                     drop_last=cfg.drop_last)
+        sampler = data.global_batches(len(dataset), cfg, run)
         sample = data.normalize(data.sample(dataset, 64).to(run.device))  # (64, C, H, W)
     sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, cfg.weight_decay), betas=cfg.betas, fused=True)
-    steps, warmup = (round(n * sampler.steps_per_epoch) for n in (cfg.epochs, cfg.warmup_epochs))
+    steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
     peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
     first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak,
                             loss_of_trivial_predictors=model.prepare(sample, sample_noise))

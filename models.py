@@ -153,7 +153,7 @@ class ViT(nn.Module):
 
 @functools.lru_cache(maxsize=256)
 class Windows:
-    """How a map (h, w) is cut into windows; made once for each size and device.
+    """How a map (h, w) is cut into windows; made once for each size, device and `kind` of tensor (a plan's are fake).
 
     A side that is no longer than `window` is one window and not shifted (Swin's released code). Other sides are padded
     at the end to a multiple of it. `mask` (nW, n, n), or None, is True where a token must not look: at padding, and in
@@ -162,7 +162,7 @@ class Windows:
     """
 
     @torch.inference_mode(False)  # what is kept must serve training, too
-    def __init__(self, grid, window, shifted, reach, device):
+    def __init__(self, grid, window, shifted, reach, device, kind):
         self.grid, self.size = grid, tuple(min(n, window) for n in grid)
         self.padded = tuple(math.ceil(n / s) * s for n, s in zip(grid, self.size, strict=True))
         self.shift = tuple(window // 2 if shifted and n > window else 0 for n in grid)
@@ -171,12 +171,12 @@ class Windows:
         parts = 1 + came_round[..., :1] + 2 * came_round[..., 1:]  # (1, h*w, 1), and 0 for padding
         parts = self.split(parts)[0, ..., 0].T  # (nW, n)
         mask = parts[:, :, None] != parts[:, None, :]  # (nW, n, n)
-        self.mask = mask if mask.any() else None
+        self.mask = mask if any(self.shift) or self.padded != grid else None
 
     def split(self, x):
         """(B, h*w, D) -> (B, n, nW, D): n places in each of nW windows."""
         (h, w), (H, W), (a, b) = self.grid, self.padded, self.size
-        x = x.view(len(x), h, w, -1)
+        x = x.view(len(x), h, w, -1)  # (B, h, w, D)
         if (H, W) != (h, w):
             x = F.pad(x, (0, 0, 0, W - w, 0, H - h))  # (B, H, W, D)
         if any(self.shift):
@@ -188,7 +188,7 @@ class Windows:
         """The inverse of `split`."""
         (h, w), (H, W), (a, b) = self.grid, self.padded, self.size
         x = x.view(len(x), a, b, H // a, W // b, -1).permute(0, 3, 1, 4, 2, 5)  # (B, H/a, a, W/b, b, D)
-        x = x.reshape(len(x), H, W, -1)
+        x = x.reshape(len(x), H, W, -1)  # (B, H, W, D)
         if any(self.shift):
             x = x.roll(self.shift, dims=(1, 2))
         return x[:, :h, :w].reshape(len(x), h * w, -1)  # (B, h*w, D)
@@ -252,7 +252,7 @@ class PooledAttention(Attention):
 def even_map(x, grid):
     """(B, h*w, D) -> (B, h, w, D), with a row or column of zeros at the end if that makes the side even."""
     h, w = grid
-    x = x.view(len(x), h, w, -1)
+    x = x.view(len(x), h, w, -1)  # (B, h, w, D)
     return F.pad(x, (0, 0, 0, w % 2, 0, h % 2)) if h % 2 or w % 2 else x
 
 
@@ -343,7 +343,7 @@ class Pyramid(nn.Module):
             x = x + positions_at(self.pos_embed, coords, self.grid)
         for stage, layer in enumerate(self.layers):
             draws = None if noise is None else noise[:, 2 * first : 2 * (first + self.depths[stage])]
-            x = run_blocks(layer["blocks"], x, draws, self.checkpointing, self.context(stage, grid, coords, x.device))
+            x = run_blocks(layer["blocks"], x, draws, self.checkpointing, self.context(stage, grid, coords, x))
             if "downsample" in layer:
                 x = layer["downsample"](x, grid)  # (B, h/2 * w/2, D')
                 if coords is not None:  # a merged token lies where its top-left one lay
@@ -352,7 +352,7 @@ class Pyramid(nn.Module):
             first += self.depths[stage]
         return self.norm(x)
 
-    def context(self, stage, grid, coords, device):
+    def context(self, stage, grid, coords, x):
         """What the attention of a stage needs beside x."""
         return (grid,)
 
@@ -400,20 +400,20 @@ class Swin(Pyramid):
         else:
             self.init_like_um_mae()
 
-    def context(self, stage, grid, coords, device):
+    def context(self, stage, grid, coords, x):
         at_coords = self.continuous and coords is not None
         reach = self.grid if at_coords else self.reach[stage]
         places = []
         for shifted in (False, True):
-            windows = Windows(grid, self.window, shifted, reach, device)
+            windows = Windows(grid, self.window, shifted, reach, x.device, type(x))
             index = offset_index(windows.split(coords).transpose(1, 2), reach) if at_coords else windows.index
             places.append((windows, index))  # (B, nW, n, n), or (1, 1, n, n)
-        return places, log_offsets(reach, 2**stage if at_coords else 1, device) if self.continuous else None
+        return places, log_offsets(reach, 2**stage if at_coords else 1, x.device, type(x)) if self.continuous else None
 
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def log_offsets(grid, side, device):
+def log_offsets(grid, side, device, kind):
     """All offsets (row, column) in a map, in the order of `offset_index`, as sign * ln(1 + distance / side), (T, 2).
     They count from the query to the key, other than in the table: UM-MAE's released code."""
     h, w = grid

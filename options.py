@@ -46,6 +46,7 @@ class RunConfig:
     activation_checkpointing: bool = False  # recompute activations in backward: less memory, about a third more time
     max_steps: int = 0  # stop after this many steps of the full schedule; 0 runs all of it
     log_every: int = 50  # steps between lines of log.jsonl
+    picture_epochs: float = 20.0  # epochs between pictures of reconstructions
     save_minutes: float = 15.0  # minutes between checkpoints
     save_epochs: float = 20.0  # epochs between checkpoints
     timeout_minutes: float = 10.0  # a process that waits longer than this for the others gives up
@@ -101,20 +102,23 @@ def parse_value(name, kind, value):
 
 def read_yaml(path, script):
     """A recipe file as {key: value}. A section named like a script, such as `mae:`, counts for that script alone, so
-    that one recipe can serve all. Exits with code 2 if the file cannot be read or holds something else."""
+    that one recipe can serve all; the section `run` of a run's own config.yaml is passed over. Exits with code 2 if the
+    file cannot be read or holds something else."""
     try:
         content = yaml.safe_load(Path(str(path)).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         fail(f"--config {path}: {error}")
     if not isinstance(content or {}, dict):
         fail(f"--config {path} should hold lines of `key: value`")
-    values = {}
+    values, own = {}, {}
     for key, value in (content or {}).items():
         if not isinstance(value, dict):
             values[key] = value
-        elif not (Path(__file__).parent / f"{key}.py").exists():
+        elif key == script:
+            own = value
+        elif key != "run" and not (Path(__file__).parent / f"{key}.py").exists():
             fail(f"--config {path}: the section {key!r} is not named like a script, such as mae")
-    return {**values, **(content or {}).get(script, {})}
+    return {**values, **own}
 
 
 def read_flags(words):
@@ -168,6 +172,7 @@ def check(cfg, world):
             fail(f"--{name} must be greater than 0, not {getattr(cfg, name)}")
     if cfg.schedule not in ("cosine", "step"):
         fail(f"--schedule is cosine or step, not {cfg.schedule!r}")
+    check_ranges(cfg)
     if cfg.device not in ("auto", "cpu", "cuda"):
         fail(f"--device is auto, cpu or cuda, not {cfg.device!r}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -185,6 +190,28 @@ def check(cfg, world):
         fits = max(m for m in range(1, min(cfg.micro_batch, share) + 1) if share % m == 0)
         fail(f"--micro_batch {cfg.micro_batch} does not divide the {share} images of --batch_size that each of {world} "
              f"process(es) holds; --micro_batch {fits} does")
+
+
+def check_ranges(cfg):
+    """Refuse numbers that make no sense; a script's Config need not have all of them."""
+    given = vars(cfg)
+    for name in ("base_lr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "mixup", "cutmix", "color_jitter",
+                 "shift", "labels", "picture_epochs", "eval_epochs"):
+        if given.get(name, 0) < 0:
+            fail(f"--{name} must be 0 or more, not {given[name]}")
+    for name in ("flip", "random_erasing", "smoothing", "layer_decay"):
+        if not 0 <= given.get(name, 0) <= 1:
+            fail(f"--{name} must lie in [0, 1], not {given[name]}")
+    if not 0 <= given.get("drop_path", 0) < 1:
+        fail(f"--drop_path must lie in [0, 1), not {cfg.drop_path}")
+    if not 0 < cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1:
+        fail(f"--crop_scale takes two shares, 0 < smallest <= largest <= 1, not {cfg.crop_scale}")
+    if not all(0 <= beta < 1 for beta in cfg.betas):
+        fail(f"--betas takes two numbers in [0, 1), not {cfg.betas}")
+    if 0 < min(cfg.img_size) <= given.get("shift", 0):
+        fail(f"--shift {cfg.shift} must be less than the {min(cfg.img_size)} pixels of --img_size")
+    if abs(cfg.seed) >= 2**63:
+        fail(f"--seed {cfg.seed} does not fit 64 bits")
 
 
 def commit():
@@ -205,8 +232,17 @@ def plain(value):
 
 def fixed(cfg):
     """The options that a resumed run must share with its beginning: all but those that cannot change a number."""
-    free = {f.name for f in dataclasses.fields(RunConfig)} - {"data", "max_bad", "schedule", "seed", "drop_last", "precision"}
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free | {"micro_batch", "picture_epochs"}}
+    tied = {"data", "max_bad", "schedule", "seed", "drop_last", "precision"}  # among the options of any run
+    free = {f.name for f in dataclasses.fields(RunConfig)} - tied | {"micro_batch", "eval_epochs", "confusion"}
+    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
+
+
+def step_of(line):
+    """The step that a line of log.jsonl tells of; infinite for half a line, as a power cut leaves it."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 def claim(cfg, run, saved, about):
@@ -227,7 +263,7 @@ def claim(cfg, run, saved, about):
     if saved:  # what the log holds beyond the checkpoint will be done and written again
         log = run.out / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= saved["step"]))
+        log.write_text("".join(line for line in lines if step_of(line) <= saved["step"]))
     else:
         for path in used:
             path.unlink()

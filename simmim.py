@@ -34,6 +34,7 @@ class Config(engine.RunConfig):
     model: str = "swin_b"  # a ViT, swin_{tiny,t,b,l}, pvt_{tiny,s}, torchvision:swin_v2_{t,s,b}
     patch_size: int = 0  # pixels; 0 is 16 for a ViT and 4 for a pyramid
     window: int = 6  # side of Swin's windows in tokens
+    bias: str = "table"  # of Swin's positions: table, or continuous as UM-MAE's Swin has it
     positions: str = "shared_bias"  # of a ViT: shared_bias as in BEiT, or absolute as in MAE
     layer_scale: float = 0.1  # of a ViT with shared_bias: initial scale of every branch
     mask_unit: int = 32  # pixels; what is hidden are squares of this side, whatever the patch size
@@ -56,7 +57,6 @@ class Config(engine.RunConfig):
     weight_decay: float = 0.05  # AdamW
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     clip_grad: float = 5.0  # largest norm of the accumulated gradient; 0 for no clipping
-    picture_epochs: float = 20.0  # epochs between pictures of reconstructions
 
 
 # ---------------------------------------- Model
@@ -72,15 +72,15 @@ class SimMIM(nn.Module):
         self.cfg = cfg
         options = {"drop_path": cfg.drop_path}
         if cfg.model.startswith("swin"):
-            options |= {"window": cfg.window}
-        elif cfg.model.startswith("vit") and cfg.positions == "shared_bias":
+            options |= {"window": cfg.window, "bias": cfg.bias}
+        elif cfg.model.startswith("vit") and cfg.positions != "absolute":
             options |= {"positions": cfg.positions, "layer_scale": cfg.layer_scale}
         self.encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, **options)
         self.encoder.checkpointing = cfg.activation_checkpointing
         unit, stride, out = cfg.mask_unit, self.encoder.stride, self.encoder.out_stride
         if unit < 1 or unit % stride or any(n % unit or n % out for n in cfg.img_size):
-            raise ValueError(f"--img_size {cfg.img_size[0]}x{cfg.img_size[1]} must be divisible by --mask_unit {unit} and "
-                             f"by {out}, the stride of {cfg.model}, and --mask_unit by its patches of {stride}")
+            raise ValueError(f"--img_size {cfg.img_size[0]}x{cfg.img_size[1]} must be divisible by --mask_unit {unit} "
+                             f"and by {out}, the stride of {cfg.model}, and --mask_unit by its patches of {stride}")
         self.units = (cfg.img_size[0] // unit, cfg.img_size[1] // unit)
         self.num_units = self.units[0] * self.units[1]  # U
         self.num_noise = self.num_units + 2 * self.encoder.num_layers  # for the mask, and for stochastic depth
@@ -97,7 +97,8 @@ class SimMIM(nn.Module):
 
     def spread(self, mask, size):
         """A mask of units (B, U) on squares of `size` to a unit's side: (B, h*size, w*size)."""
-        return mask.unflatten(1, self.units).repeat_interleave(size, 1).repeat_interleave(size, 2)
+        mask = mask.unflatten(1, self.units)  # (B, h, w)
+        return mask.repeat_interleave(size, 1).repeat_interleave(size, 2)  # (B, h*size, w*size)
 
     def encode(self, tokens, mask, noise=None):
         """The token in the place of what is hidden, before any position: (B, N, D) -> latent (B, N_out, D')."""
@@ -139,10 +140,12 @@ class SimMIM(nn.Module):
 
 
 def window_normalise(imgs, window=47):
-    """Every value minus the mean and over the std of its channel in the window x window pixels around it, where they lie
-    inside the image (B, C, H, W). Variance unbiased (Swin Transformer's released SimMIM code, for the Dark Secrets)."""
-    def average(x):
-        return F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=False)
+    """Every value minus the mean and over the std of its channel in the window x window pixels around it, as far as
+    they lie in the image (B, C, H, W). Unbiased variance (Swin Transformer's released SimMIM, for the Dark Secrets)."""
+    def average(x):  # of rows, then of columns: 94 terms for every pixel instead of 2209
+        for size, padding in ((window, 1), (window // 2, 0)), ((1, window), (0, window // 2)):
+            x = F.avg_pool2d(x, size, stride=1, padding=padding, count_include_pad=False)
+        return x
 
     mean = average(imgs)
     count = F.avg_pool2d(torch.ones_like(imgs[:1, :1]), window, 1, window // 2, divisor_override=1)  # (1, 1, H, W)
@@ -175,12 +178,11 @@ def main(argv=None):
             return engine.plan(cfg, SimMIM)
         model = SimMIM(cfg).to(run.device)
         dataset = data.pretrain_set(cfg)
-        sampler = data.GlobalBatches(len(dataset), cfg.batch_size, cfg.micro_batch, cfg.seed, run.rank, run.world,
-                                     drop_last=cfg.drop_last)
+        sampler = data.global_batches(len(dataset), cfg, run)
         sample = data.normalize(data.sample(dataset, 64).to(run.device))  # (64, C, H, W)
     sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, cfg.weight_decay), betas=cfg.betas, fused=True)
-    steps, warmup = (round(n * sampler.steps_per_epoch) for n in (cfg.epochs, cfg.warmup_epochs))
+    steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
     peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
     first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak,
                             loss_of_trivial_predictors=model.prepare(sample, sample_noise))

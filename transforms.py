@@ -36,7 +36,7 @@ class RandomErasing(v2.RandomErasing):
     """Noise in a random box; for uint8, where the published one comes after normalisation: so all that is random
     about an image stays a function of (seed, epoch, index), and its cost stays in the workers.
 
-    # DIFF: normal noise is clipped to what a pixel can hold, about 2 standard deviations.
+    # DIFF: random erasing clips its normal noise to what a pixel can hold, about 2 standard deviations.
     """
 
     def make_params(self, flat_inputs):
@@ -49,8 +49,9 @@ class RandomErasing(v2.RandomErasing):
 
 class CentreCrop:
     """MAE's evaluation: 7/8 of an image, its centre, up to 224 px; all of its short side above that (MAE's released
-    code). Non-square sizes: as much as covers (h, w). # DIFF: what has the right size already stays as it is."""
+    code). Non-square sizes: as much as covers (h, w)."""
 
+    # DIFF: an image that has the size of evaluation already is neither enlarged nor cropped.
     def __init__(self, size, interpolation):
         self.size, self.interpolation = tuple(size), interpolation
         self.cover = [s * 256 // 224 if max(size) <= 224 else s for s in size]
@@ -86,8 +87,9 @@ def augmentation(o):
     if o["rand_augment"]:
         if o["in_chans"] not in (1, 3):
             raise ValueError(f"--rand_augment knows grey and RGB, not --in_chans {o['in_chans']}")
-        # DIFF: timm's rand-m9-mstd0.5-inc1 applies each operation with p 0.5, varies the magnitude by normal noise and
-        # knows Invert and SolarizeAdd. 9 of 11 bins is its strength (27 degrees), 9 of torchvision's 31 a third.
+        # DIFF: RandAugment is torchvision's. timm's rand-m9-mstd0.5-inc1, which recipes name, applies each operation
+        # with p 0.5, varies its magnitude by normal noise, and knows Invert and SolarizeAdd. Magnitude 9 of 11 bins is
+        # its strength (rotation by 27 degrees); 9 of torchvision's 31 would be a third of it.
         fill = (mean_std(o["in_chans"])[0] * 255).round().flatten().tolist()
         steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, interpolation=BILINEAR, fill=fill))
     if o["color_jitter"]:
@@ -95,3 +97,28 @@ def augmentation(o):
     if o["random_erasing"]:
         steps.append(RandomErasing(o["random_erasing"], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"))
     return v2.Compose(steps)
+
+
+def mix(imgs, targets, cfg, seed):
+    """Mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019) with one ratio for the whole global batch.
+
+    imgs (B, C, H, W), targets (B, K) one-hot -> the same shapes. Images at positions 2i and 2i + 1 are each
+    other's partners, so that no process needs an image that another one holds. torchvision's transforms mix an image
+    with the next of its batch: handing over all first and all second partners as a "batch" of two does just that.
+    """
+    kinds = {v2.MixUp: cfg.mixup, v2.CutMix: cfg.cutmix}
+    choices = [kind(alpha=alpha, num_classes=2) for kind, alpha in kinds.items() if alpha > 0]
+    if not choices:
+        return imgs, targets
+    # DIFF: partners in mixup and cutmix are neighbours; timm pairs the first image of a batch with the last.
+    B, C, H, W = imgs.shape
+    if B % 2:  # the last image of a short batch is its own partner
+        imgs, targets = (torch.cat([x, x[-1:]]) for x in (imgs, targets))  # (B + 1, ...)
+        return tuple(x[:B] for x in mix(imgs, targets, cfg, seed))
+    pairs = imgs.view(B // 2, 2, C, H, W).transpose(0, 1).reshape(2, -1, H, W)  # (2, B/2 * C, H, W)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pairs, share = v2.RandomChoice(choices)(pairs, torch.arange(2, device=imgs.device))  # share (2, 2)
+    imgs = pairs.view(2, B // 2, C, H, W).transpose(0, 1).reshape(B, C, H, W)  # (B, C, H, W)
+    partners = targets.view(B // 2, 2, -1).flip(1).view(B, -1)  # (B, K)
+    return imgs, share[0, 0] * targets + share[0, 1] * partners

@@ -35,7 +35,7 @@ class Config(engine.RunConfig):
     model: str = "swin_t"  # swin_{tiny,t,b,l}, pvt_{tiny,s}, or a ViT
     patch_size: int = 0  # pixels; 0 is 16 for a ViT and 4 for a pyramid
     window: int = 16  # side of Swin's windows in tokens of the full map; half of it on the compact one
-    reduction: tuple[int, int, int, int] = (8, 4, 2, 1)  # PVT: pooling of keys on the full map; half of it on the compact
+    reduction: tuple[int, int, int, int] = (8, 4, 2, 1)  # PVT: pooling of keys on the full map; half on the compact
     unit: int = 16  # pixels; what is kept or dropped are squares of this side
     sampling: str = "uniform"  # uniform: one random unit of every 2x2 cell; grid: the top-left one; random (ViT only)
     secondary_ratio: float = 0.25  # share of the kept units that is hidden behind a token, in [0, 1)
@@ -58,7 +58,6 @@ class Config(engine.RunConfig):
     weight_decay: float = 0.05  # AdamW
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     clip_grad: float = 0.0  # largest gradient norm; 0 for no clipping
-    picture_epochs: float = 20.0  # epochs between pictures of reconstructions
 
 
 # ---------------------------------------- Masks: functions of noise (B, U) and the grid (h, w) of units, U = h * w
@@ -120,9 +119,16 @@ class UMMAE(nn.Module):
             raise ValueError("--sampling random leaves holes in the map of a pyramid, which takes uniform or grid")
         if u < 1 or u % stride or out % u:
             raise ValueError(f"--unit {u} must be divisible by {stride} and divide {out}, the strides of {cfg.model}")
+        least = [max(1, 2 * u // stride >> s) for s in range(4)]  # two units in tokens of every stage of the full map
+        if cfg.model.startswith("swin") and (cfg.window < 1 or cfg.window % least[0]):
+            raise ValueError(f"--window {cfg.window} cuts units of {u} px: it must be divisible by {least[0]}")
+        fits = all(r % n == 0 and (r % 2 == 0 or r == 1) for r, n in zip(cfg.reduction, least, strict=True))
+        if cfg.model.startswith("pvt") and not fits:
+            raise ValueError("--reduction {} cuts units of {} px: it must be multiples of {}, even or 1".format(
+                *(",".join(map(str, n)) for n in (cfg.reduction, [u], least))))
         if any(n % (2 * out) for n in cfg.img_size):
-            raise ValueError(f"--img_size {cfg.img_size[0]}x{cfg.img_size[1]} must be divisible by {2 * out}: cells of 2x2, "
-                             f"and a stride of {out} of {cfg.model}")
+            raise ValueError(f"--img_size {cfg.img_size[0]}x{cfg.img_size[1]} must be divisible by {2 * out}: cells of "
+                             f"2x2, and a stride of {out} of {cfg.model}")
         self.grid = (cfg.img_size[0] // u, cfg.img_size[1] // u)
         self.num_units = self.grid[0] * self.grid[1]  # U
         self.num_noise = 2 * self.num_units  # for sampling, and for secondary masking
@@ -157,12 +163,14 @@ class UMMAE(nn.Module):
         rows = torch.arange(h, device=imgs.device)[:, None].expand(h, w)
         columns = torch.arange(w, device=imgs.device).expand(h, w)
         coords = self.compact(torch.stack([rows, columns]).expand(len(imgs), -1, -1, -1), ids_keep)  # (B, 2, h/2, w/2)
-        return self.encoder.embed(compact), coords.flatten(2).transpose(1, 2), tuple(coords.shape[2:])
+        grid, coords = tuple(coords.shape[2:]), coords.flatten(2).transpose(1, 2)  # (B, N/4, 2)
+        return self.encoder.embed(compact), coords, grid
 
     def encode(self, tokens, coords, grid, secondary):
         """A token where secondary masking hides a unit, then the encoder: latent (B, num_prefix + K / up^2, D')."""
         side = self.cfg.unit // self.encoder.stride  # of a unit in tokens
-        hidden = secondary.unflatten(1, (grid[0] // side, -1)).repeat_interleave(side, 1).repeat_interleave(side, 2)
+        hidden = secondary.unflatten(1, (grid[0] // side, -1))  # (B, h, w), units of the compact image
+        hidden = hidden.repeat_interleave(side, 1).repeat_interleave(side, 2)  # (B, h*side, w*side)
         token = self.encoder.patch_embed.norm(self.secondary_token)  # Swin normalises what it embeds, so this, too
         tokens = torch.where(hidden.flatten(1)[..., None], token.to(tokens.dtype), tokens)  # (B, N/4, D)
         return self.encoder.encode(tokens, coords=coords, grid=grid)
@@ -193,7 +201,7 @@ class UMMAE(nn.Module):
         return (painted - mean) / std if self.cfg.target == "norm_pixels" else painted
 
     def loss(self, pred, target, mask):
-        """Mean squared error over the dropped units, fp32; units behind a secondary token carry none (released code)."""
+        """Mean squared error over dropped units, fp32; units behind a secondary token carry none (released code)."""
         error = (pred.float() - target).square().mean(dim=2)  # (B, U)
         return (error * mask).sum() / mask.sum()
 
@@ -244,12 +252,11 @@ def main(argv=None):
             return engine.plan(cfg, UMMAE)
         model = UMMAE(cfg).to(run.device)
         dataset = data.pretrain_set(cfg)
-        sampler = data.GlobalBatches(len(dataset), cfg.batch_size, cfg.micro_batch, cfg.seed, run.rank, run.world,
-                                     drop_last=cfg.drop_last)
+        sampler = data.global_batches(len(dataset), cfg, run)
         sample = data.normalize(data.sample(dataset, 64).to(run.device))  # (64, C, H, W)
     sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, cfg.weight_decay), betas=cfg.betas, fused=True)
-    steps, warmup = (round(n * sampler.steps_per_epoch) for n in (cfg.epochs, cfg.warmup_epochs))
+    steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
     peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
     first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak,
                             loss_of_trivial_predictors=model.prepare(sample, sample_noise))

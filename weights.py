@@ -30,14 +30,13 @@ def write(path, content):
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        with zipfile.ZipFile(temporary) as archive:
-            if damaged := archive.testzip():  # torch.save writes CRC-32 sums, but torch.load does not look at them
-                raise OSError(f"{damaged} does not read back as it was written")
-    except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: torch's zip writer on a full disk
+        if wrong := damage(temporary):
+            raise OSError(f"it does not read back as it was written: {wrong}")
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's zip writer on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(f"cannot write {path} ({error}); what was saved before is intact") from error
-    if path.exists():
+    if path.exists() and not damage(path):  # a damaged file must not take the place of its whole predecessor
         os.replace(path, path.with_name("previous." + path.name))
     os.replace(temporary, path)
     directory = os.open(path.parent, os.O_RDONLY)  # the renames are durable only once the directory is, too
@@ -50,15 +49,27 @@ def read(path):
     tensors and plain data: nothing in it is executed. FileNotFoundError if it is not there."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if wrong := damage(path):
+        raise ValueError(f"{path} is not a whole checkpoint: {wrong}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"{path} is damaged: checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain data, and is not opened") from error
+    except Exception as error:  # rubbish behind right checksums raises whatever it likes
+        raise ValueError(f"{path} is not a checkpoint: {type(error).__name__}") from error
+
+
+def damage(path):
+    """What is wrong with a file as torch.save's archive, in one line, or None. torch.save writes CRC-32 sums, but
+    torch.load does not look at them, and reads entries whose flags or compression were changed as something else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            odd = [i.filename for i in archive.infolist()
+                   if i.flag_bits & ~0x808 or i.compress_type or i.external_attr & 0x10]  # 0x10: "is a folder"
+            wrong = odd[0] if odd else archive.testzip()
+    except Exception as error:  # zipfile raises a dozen kinds of errors on a damaged directory
+        return f"{type(error).__name__} {' '.join(str(error).split())}"
+    return f"{wrong} is damaged" if wrong else None
 
 
 def read_newest(path):
@@ -76,6 +87,14 @@ def read_newest(path):
         return read(previous)
 
 
+def require_run(saved, where):
+    """ValueError unless `saved` has the parts that a last.pt has."""
+    kinds = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "step": int}
+    whole = isinstance(saved, dict) and all(isinstance(saved.get(name), kind) for name, kind in kinds.items())
+    if not whole or saved["step"] < 0:
+        raise ValueError(f"{where} is not a last.pt of this project")
+
+
 def load_exactly(model, tensors, where):
     """Copy `tensors` (a state dict) into `model`. ValueError before anything is copied if a name, shape or dtype
     differs, or if a value is not finite."""
@@ -90,15 +109,24 @@ def load_exactly(model, tensors, where):
 
 def load_optimizer(optimizer, state, where):
     """Copy an optimizer's state dict back. ValueError before anything is copied if groups, shapes or dtypes differ."""
+    try:
+        check_optimizer(optimizer, state, where)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{where}: the optimizer's state is none: {error!r}") from error
+    optimizer.load_state_dict(state)
+
+
+def check_optimizer(optimizer, state, where):
+    """ValueError, or an error of its kind for nonsense, unless `state` fits the optimizer."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     groups = [group["names"] for group in optimizer.param_groups]
-    if groups != [group.get("names") for group in state["param_groups"]] or len(state["state"]) > len(params):
+    saved = [group.get("names") for group in state["param_groups"]]
+    if groups != saved or not set(state["state"]) <= set(range(len(params))):
         raise ValueError(f"{where}: the optimizer was saved with other parameter groups")
     for index, moments in state["state"].items():
         for name, value in moments.items():
             expected = torch.zeros(()) if name == "step" else params[index]
             require_like(expected, value, f"{where}, {name} of optimizer parameter {index}")
-    optimizer.load_state_dict(state)
 
 
 def require_like(expected, found, where):
@@ -113,11 +141,12 @@ def require_like(expected, found, where):
 def read_encoder(path):
     """The content of an encoder.pt. ValueError if it is damaged, hostile or something else, such as a last.pt."""
     saved = read(path)
-    sizes = ("patch_size", "in_chans", "width", "depth", "num_heads")
     arch = saved.get("arch") if isinstance(saved, dict) else None
-    if not isinstance(arch, dict) or not isinstance(saved.get("model"), dict) or len(arch.get("img_size", ())) != 2 \
-            or not isinstance(arch.get("model"), str) or not isinstance(arch.get("options"), dict) \
-            or not all(isinstance(arch.get(name), int | list) for name in sizes):  # lists: of the stages of a pyramid
+    fits = isinstance(arch, dict) and isinstance(saved.get("model"), dict) and isinstance(arch.get("model"), str)
+    fits = fits and isinstance(arch.get("options"), dict) and isinstance(arch.get("img_size"), list)
+    numbers = [*arch["img_size"], arch.get("patch_size"), arch.get("in_chans")] if fits else []
+    if len(numbers) != 4 or not all(isinstance(n, int) and 0 < n <= 2**16 for n in numbers) \
+            or not all(isinstance(arch.get(name), int | list) for name in ("width", "depth", "num_heads")):
         raise ValueError(f"{path} is not an encoder.pt of this project")
     return saved
 
@@ -140,7 +169,7 @@ def load_encoder(encoder, saved, where):
     notes = adapt_bias_tables(tensors, arch, encoder, where)
     if grid != encoder.grid and "pos_embed" in tensors:
         rows = encoder.num_prefix + grid[0] * grid[1]
-        require_like(torch.zeros(1, rows, encoder.embed_width), tensors["pos_embed"], where)
+        require_like(torch.empty(1, rows, encoder.embed_width, device="meta"), tensors["pos_embed"], where)
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"], grid, encoder.grid, encoder.num_prefix)
         notes.append(f"positions resized from {grid[0]}x{grid[1]} to {encoder.grid[0]}x{encoder.grid[1]}")
     over = [name for name in tensors if name not in encoder.state_dict()]

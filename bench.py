@@ -1,0 +1,211 @@
+"""Time, arithmetic and memory of training steps, side by side in one run.
+
+    python bench.py                 our scripts against torchvision's model of the same family (= bench.py yardstick)
+    python bench.py ratios          our settings against each other, beside what the papers say
+    python bench.py --table results/bench_yardstick_cpu.json      print the table of an earlier run again
+
+A pair (A, B) runs A B, B A, A B, ...: every round gives one ratio time(B) / time(A), and a load on the machine falls on
+both. Time is processor time of one CPU thread, or time on a GPU's clock. What is timed is the step block of a script's
+main() on random uint8 images in memory; of torchvision's model forward, cross-entropy, backward and torch's AdamW.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import engine
+import finetune
+import mae
+import options
+
+
+def labelled(cfg, net, imgs, labels, noise):
+    imgs, targets = finetune.mix(imgs, F.one_hot(labels, 1000).float(), cfg, cfg.seed)  # targets (B, K)
+    return F.cross_entropy(net(imgs, noise).float(), targets, label_smoothing=cfg.smoothing)
+
+
+VIT_B = {"model": "vit_b", "patch_size": 16, "in_chans": 3, "img_size": (224, 224)}
+CASES = {  # name: (Config, its options, model, loss; None for the model's own)
+    "MAE ViT-B": (mae.Config, VIT_B, mae.MAE, None),
+    "MAE ViT-B, 1-block decoder": (mae.Config, VIT_B | {"decoder_depth": 1}, mae.MAE, None),
+    "MAE ViT-B, mask tokens in encoder": (mae.Config, VIT_B | {"mask_tokens_in_encoder": True}, mae.MAE, None),
+    "fine-tuning ViT-B": (finetune.Config, VIT_B | {"mixup": 0.0, "cutmix": 0.0},
+                          lambda cfg: finetune.build_classifier(cfg, None, range(1000)), labelled),
+}
+PAIRS = {  # what: [(A, B, what is published of B / A)]; a name that is no case is a model of torchvision
+    "yardstick": [(ours, "vit_b_16", "") for ours in ("MAE ViT-B", "MAE ViT-B, 1-block decoder", "fine-tuning ViT-B")],
+    "ratios": [("MAE ViT-B", "MAE ViT-B, mask tokens in encoder", "ViT-L: time 2.8, FLOPs 3.3 (MAE, Tables 1c, 2)")],
+}
+
+
+class Script:
+    """One of our scripts. `forward` and `step` are its step block, line by line, with one micro-batch."""
+
+    def __init__(self, name, shared):
+        config, own, build, loss = CASES[name]
+        self.loss = loss or (lambda cfg, net, imgs, labels, noise: net(imgs, noise))
+        self.cfg = cfg = config(**own, **shared)
+        self.run = engine.start(cfg)
+        self.model = model = build(cfg).to(self.run.device).train()
+        decay = [lambda name: cfg.layer_decay ** model.depth_below(name)] if config is finetune.Config else []
+        groups = engine.parameter_groups(model, cfg.weight_decay, *decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
+        self.imgs = torch.randint(256, (cfg.batch_size, cfg.in_chans, *cfg.img_size), dtype=torch.uint8)  # (B, C, H, W)
+        self.labels, self.where = torch.randint(1000, (cfg.batch_size,)), torch.arange(cfg.batch_size)  # (B,), (B,)
+
+    def forward(self, step):
+        cfg, run, net, imgs, size = self.cfg, self.run, self.model, self.imgs, self.cfg.batch_size
+        noise = engine.noise(cfg.seed, step, size, net.num_noise)
+        imgs, labels = data.normalize(imgs.to(run.device, non_blocking=True)), self.labels.to(run.device)
+        with engine.autocast(run):
+            return self.loss(cfg, net, imgs, labels, noise[self.where].to(run.device)) * (len(imgs) / size)
+
+    def step(self, step, lr=1e-4):
+        cfg, run, model, optimizer = self.cfg, self.run, self.model, self.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        loss = torch.zeros((), device=run.device)
+        part = self.forward(step)
+        run.scaler.scale(part * run.world).backward()
+        loss += part.detach()
+        run.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if cfg.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
+        loss, grad_norm, told = engine.agree(run, loss, grad_norm)
+        engine.check_finite(run, step, lr, loss, grad_norm)
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm, told
+
+
+class Yardstick:
+    """A classifier of torchvision: forward, cross-entropy, backward, AdamW."""
+
+    def __init__(self, name, shared):
+        self.run = engine.start(mae.Config(**shared))
+        device, B = self.run.device, shared["batch_size"]
+        self.model = getattr(torchvision.models, name)().to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.imgs, self.labels = torch.randn(B, 3, 224, 224, device=device), torch.randint(1000, (B,), device=device)
+
+    def forward(self, step):
+        with engine.autocast(self.run):
+            return F.cross_entropy(self.model(self.imgs).float(), self.labels)
+
+    def step(self, step):
+        self.forward(step).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def seconds(device, work, *inputs):
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    wait = torch.cuda.synchronize if device.type == "cuda" else int  # int() does nothing
+    wait()
+    begin = clock()
+    work(*inputs)
+    wait()
+    return clock() - begin
+
+
+def peak_bytes(name, shared):
+    """Most memory of two steps, weights to activations, in a fresh process: of the GPU's allocator, or the growth of
+    resident memory. (Linux' VmHWM: getrusage's maximum would begin with that of the parent process.)"""
+    def resident(key):
+        return 1024 * int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    before, side = resident("VmRSS"), (Script if name in CASES else Yardstick)(name, shared)
+    for step in range(2):
+        side.step(step)
+    return torch.cuda.max_memory_allocated() if side.run.device.type == "cuda" else resident("VmHWM") - before
+
+
+def measure(a, b, published, shared, args):
+    """One line of the table as plain data; lists of two are [of A, of B], per step of `batch` images."""
+    sides, times, flops = [(Script if name in CASES else Yardstick)(name, shared) for name in (a, b)], [[], []], []
+    device, B = sides[0].run.device, shared["batch_size"]
+    for side in sides:  # forward and backward, in matrix products alone, whatever kernel attention will run in
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            side.forward(0).backward()
+        flops.append(counter.get_total_flops())
+    for i in range(args.rounds + 1):
+        for which in (i % 2, 1 - i % 2):
+            times[which].append(seconds(device, sides[which].step, i))
+    times = [one[1:] for one in times]  # the first round warms up
+    n = 8192 if device.type == "cuda" else 2048
+    square = torch.randn(n, n, device=device, dtype=sides[0].run.dtype)  # (n, n)
+    rate = 2 * n**3 / statistics.median(seconds(device, torch.matmul, square, square) for _ in range(6))
+    again = [sys.executable, __file__, f"--batch={B}", f"--precision={shared['precision']}", f"--device={args.device}",
+             "--peak"]
+    peaks = [int(subprocess.check_output([*again, name])) for name in (a, b)]
+    return {"pair": [a, b], "published": published, "precision": shared["precision"], "batch": B, "seconds": times,
+            "ratios": [tb / ta for ta, tb in zip(*times, strict=True)], "median": [statistics.median(t) for t in times],
+            "flops": flops, "peak_bytes": peaks, "matmul_flops_per_second": rate}
+
+
+def table(result):
+    lines = ["{device} {bf16_instructions}, torch {torch}, commit {commit}, {date}\n".format(**result["machine"]),
+             "| A | B | precision, batch | images/s of A, B | time B/A (range) | FLOPs B/A | memory B/A | "
+             "share of matmul rate A, B | published B/A |", "|---" * 9 + "|"]
+    for row in result["rows"]:
+        ratios, median = sorted(row["ratios"]), row["median"]
+        speeds = ", ".join(f"{row['batch'] / t:.2f}" for t in median)
+        shares = ", ".join(f"{row['flops'][i] / median[i] / row['matmul_flops_per_second']:.0%}" for i in (0, 1))
+        work, peak = (row[key][1] / row[key][0] for key in ("flops", "peak_bytes"))
+        lines.append(f"| {' | '.join(row['pair'])} | {row['precision']}, {row['batch']} | {speeds} | "
+                     f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {work:.2f} | "
+                     f"{peak:.2f} | {shares} | {row['published']} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="yardstick", choices=PAIRS)
+    parser.add_argument("--cases", default="", help="only pairs whose names contain this")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, help="images; 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--precision", default="both", choices=["fp32", "bf16", "both"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, help="result file; results/bench_<what>_<device>.json")
+    parser.add_argument("--table", type=Path, help="print the table of this result file and stop")
+    parser.add_argument("--peak", help="print the peak memory of this case in bytes and stop")
+    args = parser.parse_args(argv)
+    if args.table:
+        return print(table(json.loads(args.table.read_text())))
+    torch.set_num_threads(1)  # its processor time is what a busy machine disturbs least
+    batch = args.batch or (64 if args.device == "cuda" else 4)
+    shared = {"batch_size": batch, "micro_batch": batch, "precision": args.precision, "device": args.device}
+    if args.peak:
+        return print(peak_bytes(args.peak, shared))
+    pairs = [pair for pair in PAIRS[args.what] if args.cases in " / ".join(pair[:2])]
+    if not pairs:
+        options.fail(f"--cases {args.cases}: no pair of {args.what} is called so")
+    path = args.json or Path("results") / f"bench_{args.what}_{args.device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info, gpu = Path("/proc/cpuinfo").read_text(), torch.cuda.get_device_name() if args.device == "cuda" else None
+    machine = {"device": gpu or re.search("model name.*: (.*)", info)[1],
+               "bf16_instructions": [flag for flag in ("amx_bf16", "avx512_bf16") if flag in info.split()],
+               "torch": torch.__version__, "commit": options.commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    result = {"what": args.what, "machine": machine, "rows": []}
+    for precision in ["fp32", "bf16"] if args.precision == "both" else [args.precision]:
+        for pair in pairs:
+            result["rows"].append(measure(*pair, {**shared, "precision": precision}, args))
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What a recipe costs before it is paid: `--plan` of every script."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def plan(cfg, build):
+    """Print what the model `build(cfg)` costs without allocating any of it: parameters, FLOPs, memory per micro_batch,
+    and the largest micro_batch for a 24 GB card. Only shapes are run (torch's FakeTensorMode), in about a second.
+
+    Memory = 16 bytes a trained parameter (fp32 weight, gradient, two moments of Adam), 4 a frozen one + what autograd
+    keeps for backward, weights cast by autocast included, + 1.5 GB for CUDA's context and workspaces (an assumption).
+    """
+    dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
+
+    def forward(micro_batch):  # -> bytes kept for backward, FLOPs
+        kept = {}  # a storage may be saved many times; it is counted once, and the tensor kept so that ids stay unique
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(id(t.untyped_storage()), t.detach()) is None or t, lambda t: t)
+        autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+        with hooks, autocast, FlopCounterMode(display=False) as counter:
+            model(torch.zeros(micro_batch, cfg.in_chans, *cfg.img_size), torch.rand(micro_batch, model.num_noise))
+        own = {id(t.untyped_storage()) for t in model.state_dict(keep_vars=True).values()}
+        return sum(t.untyped_storage().nbytes() for i, t in kept.items() if i not in own), counter.get_total_flops()
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build(cfg).train()
+        (two, flops), (four, _) = forward(2), forward(4)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - count
+    each, besides = (four - two) / 2, 16 * count + 4 * frozen + (2 * two - four) + 1.5e9
+    print(f"{count / 1e6:.1f} M trained parameters\n{flops / 2e9:.2f} GFLOPs an image forward (a multiply-add is two), "
+          f"three times that in a step\n{each / 1e6:.1f} MB an image kept for backward in {dtype}, "
+          f"{besides / 1e9:.2f} GB besides")
+    for n in (1, 8, 32, 64, 128, 256):
+        print(f"  --micro_batch {n:<4} {(besides + n * each) / 1e9:7.2f} GB")
+    largest = min(cfg.batch_size, max(0, int((24e9 - besides) // max(each, 1))))
+    print(f"largest on a 24 GB card: --micro_batch {largest} (an estimate)")
