@@ -10,7 +10,7 @@ will do, pyramids with windows among them, and the decoder shrinks to one linear
 Paper: Xie et al., SimMIM: A Simple Framework for Masked Image Modeling, arXiv 2111.09886; its 47 x 47 target is that of
 Xie et al., Revealing the Dark Secrets of Masked Image Modeling, arXiv 2205.13543.
 
-    CPU     python simmim.py --config configs/simmim_tiny.yaml --out runs/simmim         LOSS
+    CPU     python simmim.py --config configs/simmim_tiny.yaml --out runs/simmim         (not measured)
     1 GPU   python simmim.py --data IMAGENET --out runs/simmim_b                         (not measured)
     8 GPUs  torchrun --nproc-per-node 8 simmim.py --data IMAGENET --out runs/simmim_b    (not measured)
 """
@@ -31,7 +31,7 @@ import models
 @dataclass
 class Config(engine.RunConfig):
     """Pre-training of Swin-B for 800 epochs (SimMIM's released recipe)."""
-    model: str = "swin_b"  # a ViT, swin_{tiny,t,b,l}, pvt_{tiny,s}, torchvision:swin_v2_{t,s,b}
+    model: str = "swin_b"  # a ViT, swin_{tiny,t,b,l}, pvt_{tiny,s}
     patch_size: int = 0  # pixels; 0 is 16 for a ViT and 4 for a pyramid
     window: int = 6  # side of Swin's windows in tokens
     bias: str = "table"  # of Swin's positions: table, or continuous as UM-MAE's Swin has it

@@ -11,7 +11,7 @@ units is then hidden behind a token (secondary masking).
 Paper: Li et al., Uniform Masking: Enabling MAE Pre-training for Pyramid-based Vision Transformers with Locality,
 arXiv 2205.10063.
 
-    CPU     python um_mae.py --config configs/um_mae_tiny.yaml --out runs/um_mae         LOSS
+    CPU     python um_mae.py --config configs/um_mae_tiny.yaml --out runs/um_mae         (not measured)
     1 GPU   python um_mae.py --data IMAGENET --out runs/um_mae_t                         (not measured)
     8 GPUs  torchrun --nproc-per-node 8 um_mae.py --data IMAGENET --out runs/um_mae_t    (not measured)
 """

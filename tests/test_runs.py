@@ -567,7 +567,8 @@ def script_of(recipe):
     """mae.py for mae_vit_b.yaml, um_mae.py for um_mae_...: the script with the longest name that fits."""
     known = sorted((path.stem for path in ROOT.glob("*.py")), key=len, reverse=True)
     name = next((name for name in known if recipe.stem.startswith(name)), None)
-    return importlib.import_module(name or {"tiny": "mae", "linear": "finetune"}[recipe.stem.split("_")[0]])
+    others = {"tiny": "mae", "linear": "finetune", "um": "simmim"}  # um_simmim: the comparison of UM-MAE's paper
+    return importlib.import_module(name or others[recipe.stem.split("_")[0]])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
