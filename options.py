@@ -150,7 +150,8 @@ def configure(config_class, doc, argv=None):
         comments = describe(config_class)
         print(doc.strip(), "\n\nOptions (--config FILE.yaml sets any of them, flags override it):")
         for f in own + [f for f in dataclasses.fields(config_class) if f not in own]:  # the method's fields first
-            default = "x".join(map(str, f.default)) if kinds[f.name] == Size else f.default
+            joint = "x" if kinds[f.name] == Size else ","
+            default = joint.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
             print(f"  --{f.name} {default}".ljust(40), comments.get(f.name, ""))
         raise SystemExit(0)
 
