@@ -29,6 +29,8 @@ import engine
 import finetune
 import mae
 import options
+import simmim
+import um_mae
 
 
 def labelled(cfg, net, imgs, labels, noise):
@@ -36,17 +38,38 @@ def labelled(cfg, net, imgs, labels, noise):
     return F.cross_entropy(net(imgs, noise).float(), targets, label_smoothing=cfg.smoothing)
 
 
+def side(px, **options):
+    """Options for images of px x px."""
+    return {"img_size": (px, px), "in_chans": 3, **options}
+
+
 VIT_B = {"model": "vit_b", "patch_size": 16, "in_chans": 3, "img_size": (224, 224)}
 CASES = {  # name: (Config, its options, model, loss; None for the model's own)
     "MAE ViT-B": (mae.Config, VIT_B, mae.MAE, None),
     "MAE ViT-B, 1-block decoder": (mae.Config, VIT_B | {"decoder_depth": 1}, mae.MAE, None),
     "MAE ViT-B, mask tokens in encoder": (mae.Config, VIT_B | {"mask_tokens_in_encoder": True}, mae.MAE, None),
+    "SimMIM ViT-B": (simmim.Config, side(224, model="vit_b"), simmim.SimMIM, None),
+    "SimMIM Swin-T": (simmim.Config, side(256, model="swin_t", window=8), simmim.SimMIM, None),
+    "SimMIM Swin-B": (simmim.Config, side(192, model="swin_b", window=6), simmim.SimMIM, None),
+    "SimMIM PVT-S": (simmim.Config, side(256, model="pvt_s"), simmim.SimMIM, None),
+    "UM-MAE Swin-T": (um_mae.Config, side(256, model="swin_t"), um_mae.UMMAE, None),
+    "UM-MAE PVT-S": (um_mae.Config, side(256, model="pvt_s"), um_mae.UMMAE, None),
+    "SimMIM Swin-T as in UM-MAE": (simmim.Config, side(256, model="swin_t", bias="continuous", window=16, mask_unit=16,
+                                                       mask_ratio=0.75), simmim.SimMIM, None),
+    "SimMIM PVT-S as in UM-MAE": (simmim.Config, side(256, model="pvt_s", mask_unit=16, mask_ratio=0.75),
+                                  simmim.SimMIM, None),
     "fine-tuning ViT-B": (finetune.Config, VIT_B | {"mixup": 0.0, "cutmix": 0.0},
                           lambda cfg: finetune.build_classifier(cfg, None, range(1000)), labelled),
 }
-PAIRS = {  # what: [(A, B, what is published of B / A)]; a name that is no case is a model of torchvision
-    "yardstick": [(ours, "vit_b_16", "") for ours in ("MAE ViT-B", "MAE ViT-B, 1-block decoder", "fine-tuning ViT-B")],
-    "ratios": [("MAE ViT-B", "MAE ViT-B, mask tokens in encoder", "ViT-L: time 2.8, FLOPs 3.3 (MAE, Tables 1c, 2)")],
+PAIRS = {  # what: [(A, B, what is published of B / A)]; a name that is no case is a model of torchvision and its px
+    "yardstick": [(ours, theirs, "") for theirs, ours in [
+        ("vit_b_16", "MAE ViT-B"), ("vit_b_16", "MAE ViT-B, 1-block decoder"), ("vit_b_16", "fine-tuning ViT-B"),
+        ("vit_b_16", "SimMIM ViT-B"), ("swin_t 256", "SimMIM Swin-T"), ("swin_b 192", "SimMIM Swin-B"),
+        ("swin_t 256", "SimMIM PVT-S"), ("swin_t 256", "UM-MAE Swin-T"), ("swin_t 256", "UM-MAE PVT-S")]],
+    "ratios": [("MAE ViT-B", "MAE ViT-B, mask tokens in encoder", "ViT-L: time 2.8, FLOPs 3.3 (MAE, Tables 1c, 2)"),
+               ("MAE ViT-B", "SimMIM ViT-B", ""),
+               ("UM-MAE Swin-T", "SimMIM Swin-T as in UM-MAE", "time 1.97, memory 2.8 (UM-MAE, Table 3)"),
+               ("UM-MAE PVT-S", "SimMIM PVT-S as in UM-MAE", "time 1.78, memory 1.8 (UM-MAE, Table 3)")],
 }
 
 
@@ -97,10 +120,11 @@ class Yardstick:
 
     def __init__(self, name, shared):
         self.run = engine.start(mae.Config(**shared))
-        device, B = self.run.device, shared["batch_size"]
+        device, B, (name, _, px) = self.run.device, shared["batch_size"], name.partition(" ")
         self.model = getattr(torchvision.models, name)().to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.imgs, self.labels = torch.randn(B, 3, 224, 224, device=device), torch.randint(1000, (B,), device=device)
+        self.imgs = torch.randn(B, 3, int(px or 224), int(px or 224), device=device)  # (B, C, H, W)
+        self.labels = torch.randint(1000, (B,), device=device)  # (B,)
 
     def forward(self, step):
         with engine.autocast(self.run):
@@ -174,7 +198,7 @@ def table(result):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="yardstick", choices=PAIRS)
-    parser.add_argument("--cases", default="", help="only pairs whose names contain this")
+    parser.add_argument("--cases", default="", help="only pairs whose names contain one of these, as MAE,SimMIM")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, help="images; 4 on a CPU, 64 on a GPU")
     parser.add_argument("--precision", default="both", choices=["fp32", "bf16", "both"])
@@ -190,7 +214,7 @@ def main(argv=None):
     shared = {"batch_size": batch, "micro_batch": batch, "precision": args.precision, "device": args.device}
     if args.peak:
         return print(peak_bytes(args.peak, shared))
-    pairs = [pair for pair in PAIRS[args.what] if args.cases in " / ".join(pair[:2])]
+    pairs = [pair for pair in PAIRS[args.what] if any(c in " / ".join(pair[:2]) for c in args.cases.split(","))]
     if not pairs:
         options.fail(f"--cases {args.cases}: no pair of {args.what} is called so")
     path = args.json or Path("results") / f"bench_{args.what}_{args.device}.json"

@@ -96,7 +96,7 @@ def open_source(name, split, in_chans=3, labelled=False, data_dir="data", downlo
 
 
 def balanced(labels, n, seed):
-    """n indices, sorted: class counts differ by at most 1, and a larger n holds every smaller one."""
+    """n indices, sorted: class counts differ by at most 1 unless one runs out; a larger n holds every smaller one."""
     if not len(np.unique(labels)) <= n <= len(labels):
         raise ValueError(f"--labels {n}: there are {len(labels)} images of {len(np.unique(labels))} classes")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed_of(seed, "labels"))).numpy()

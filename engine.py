@@ -119,7 +119,8 @@ def open_run(cfg, run, model, optimizer, sampler, steps, **about):
                 raise ValueError(f"--resume with other options: {', '.join(changed)}; give those a new --out")
             weights.load_exactly(model, saved["model"], run.out / "last.pt")
             weights.load_optimizer(optimizer, saved["optimizer"], run.out / "last.pt")
-            run.scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"]:  # empty if what was saved ran in another precision, as auto may on another device
+                run.scaler.load_state_dict(saved["scaler"])
         if steps < 1:
             raise ValueError(f"--epochs {cfg.epochs:g} of {sampler.steps_per_epoch} steps each make no step")
         if run.main:
@@ -190,8 +191,8 @@ def autocast(run):
 
 def agree(run, loss, grad_norm):
     """(loss summed over processes, gradient norm, was any of them told to stop?) as plain numbers: one small exchange a
-    step and the only place where the host waits for the GPU. All processes get the same answer and so leave the loop at
-    the same step, be it for a signal or because one of them met a NaN."""
+    step, in which the host waits for the GPU. All processes get the same answer and so leave the loop at the same step,
+    be it for a signal or because one of them met a NaN."""
     numbers = torch.stack([loss.detach(), grad_norm / run.world, loss.new_tensor(run.signal > 0)]).double()
     if run.world > 1:
         dist.all_reduce(numbers)
@@ -239,8 +240,8 @@ def note(run, **line):
 
 
 def due(run, step, every):
-    """Is it time, after this step, for what happens every so many steps (a float) and after the last one?"""
-    return (step + 1) % max(1, round(every)) == 0 or step + 1 == run.last
+    """Is it time, after this step, for what happens every so many steps (a float; 0 for never) and after the last?"""
+    return (every > 0 and (step + 1) % max(1, round(every)) == 0) or step + 1 == run.last
 
 
 def save_due(cfg, run, step, steps_per_epoch):

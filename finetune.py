@@ -36,7 +36,7 @@ class Config(engine.RunConfig):
     """Fine-tuning of ViT-B as MAE's released recipe has it; the paper's table differs in lr and layer decay."""
 
     init: str = "none"  # encoder.pt of a pre-training or fine-tuning run; none for random weights
-    mode: str = "finetune"  # finetune: everything trains; linear: the head alone, with LARS
+    mode: str = "finetune"  # finetune: everything trains; linear: the head alone, with LARS (configs/linear_vit_b.yaml)
     model: str = "auto"  # vit_tiny, vit_ti, vit_s, vit_b, vit_l, vit_h; auto takes it from --init
     patch_size: int = 0  # pixels; 0 takes it from --init, or is 16 for a ViT and 4 for a pyramid
     in_chans: int = 0  # image channels; 0 takes it from --init, or 3
@@ -82,8 +82,8 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, num_classes, pool="mean", head_norm="layer"):
         super().__init__()
-        if pool not in ("mean", "cls") or head_norm not in ("layer", "batch", "none"):
-            raise ValueError(f"--pool is mean or cls and --head_norm layer, batch or none, not {pool} and {head_norm}")
+        if pool not in ("mean", "cls")[: 1 + encoder.num_prefix] or head_norm not in ("layer", "batch", "none"):
+            raise ValueError(f"--pool is mean or (ViT) cls, --head_norm layer, batch or none, not {pool}, {head_norm}")
         self.encoder, self.pool, self.head_norm = encoder, pool, head_norm
         norms = {"layer": lambda: nn.LayerNorm(encoder.width, eps=1e-6), "none": nn.Identity,
                  "batch": lambda: nn.BatchNorm1d(encoder.width, affine=False, eps=1e-6)}
@@ -265,7 +265,7 @@ def main(argv=None):
     run = engine.start(cfg)
     with engine.user_errors():
         cfg, saved = resolve(cfg)
-        if cfg.plan:
+        if cfg.plan and not cfg.eval:
             return engine.plan(cfg, lambda cfg: build_classifier(cfg, None, [str(i) for i in range(1000)]))
         val = data.labelled_set(cfg, cfg.split)
         classes = val.source.classes
@@ -273,7 +273,8 @@ def main(argv=None):
         if cfg.eval:
             if run.main:
                 engine.claim(cfg, run, None, {})
-            return report(cfg, run, evaluate(model, val, run, cfg.micro_batch, cfg.workers), init=cfg.init)
+            report(cfg, run, evaluate(model, val, run, cfg.micro_batch, cfg.workers), init=cfg.init)
+            return dist.destroy_process_group() if dist.is_initialized() else None
         dataset = data.labelled_set(cfg, "train")
         sampler = data.global_batches(len(dataset), cfg, run)
     if cfg.mode == "linear":
@@ -284,10 +285,10 @@ def main(argv=None):
         optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
     steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
     peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
-    if cfg.head_start == "probe":
+    first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak, images=len(dataset))
+    if cfg.head_start == "probe" and not first:
         plain = data.labelled_set(cfg, "train", augment=False)
         start_head(model, *extract(model, plain, run, cfg.micro_batch, cfg.workers))
-    first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak, images=len(dataset))
     net = engine.distribute(cfg, run, model)
     batches = engine.timed(run, data.loader(dataset, sampler, cfg.workers, pin=run.device.type == "cuda"))
 
@@ -330,8 +331,7 @@ def main(argv=None):
             result = evaluate(model, val, run, cfg.micro_batch, cfg.workers)
             engine.note(run, step=step + 1, top1=result["top1"], top5=result["top5"])
             model.train()
-    done = step + 1 if run.last > first else first
-    if done == run.last:
+    if (done := step + 1 if run.last > first else first) == run.last:
         report(cfg, run, evaluate(model, val, run, cfg.micro_batch, cfg.workers), step=done)
     engine.finish(run, done)
 

@@ -9,9 +9,9 @@ representation good. Everything else is a plain ViT and a mean squared error.
 
 Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377.
 
-    CPU     python mae.py --config configs/tiny.yaml --out runs/mae                      (3 minutes; loss 0.32)
-    1 GPU   python mae.py --data IMAGENET --out runs/mae_b                               (not measured)
-    8 GPUs  torchrun --nproc-per-node 8 mae.py --data IMAGENET --out runs/mae_b          (not measured)
+    CPU     python mae.py --config configs/tiny.yaml --out runs/mae                             (3 minutes; loss 0.32)
+    1 GPU   python mae.py --config configs/mae_vit_b.yaml --data IMAGENET --out runs/mae_b      (not measured)
+    8 GPUs  torchrun --nproc-per-node 8 mae.py --config configs/mae_vit_b.yaml --data IMAGENET --out runs/mae_b
 """
 
 import math
@@ -97,7 +97,7 @@ class MAE(nn.Module):
         if self.encoder.num_prefix == 0:
             raise ValueError(f"a pyramid such as {cfg.model} cannot encode a set of patches; see um_mae.py")
         if not 0 <= cfg.mask_ratio < 1 or not 0 < values <= pixels:
-            raise ValueError(f"--mask_ratio {cfg.mask_ratio} not in [0, 1), --pca_dim {cfg.pca_dim} not in 1..{pixels}")
+            raise ValueError(f"--mask_ratio takes [0, 1), --pca_dim 1..{pixels}, not {cfg.mask_ratio}, {cfg.pca_dim}")
         if cfg.mask not in SCORES or cfg.target not in ("pixels", "norm_pixels", "pca"):
             raise ValueError(f"--mask {cfg.mask}: random, grid, block; --target {cfg.target}: pixels, norm_pixels, pca")
         self.cfg = cfg

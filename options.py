@@ -252,11 +252,13 @@ def claim(cfg, run, saved, about):
     ValueError if it holds a run that neither --resume nor --overwrite says what to do with; OSError if it cannot be
     written. Nothing is removed before both are known.
     """
-    names = ("config.yaml", "log.jsonl", "last.pt", "previous.last.pt", "encoder.pt", "previous.encoder.pt")
+    names = ("config.yaml", "log.jsonl", "result.json", "last.pt", "encoder.pt", "previous.last.pt",
+             "previous.encoder.pt")
     if run.out.exists() and not run.out.is_dir():
         raise ValueError(f"--out {run.out} is a file")
     used = [run.out / name for name in names if (run.out / name).exists()]
-    if used and not (cfg.resume or cfg.overwrite):
+    trained = any(path.suffix == ".pt" for path in used)  # --resume does not begin anew over weights
+    if used and not (saved or cfg.overwrite or (cfg.resume and not trained)):
         raise ValueError(f"--out {run.out} holds a run: --resume goes on, --overwrite replaces it, or name another")
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / ".writable").write_text("yes")

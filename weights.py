@@ -1,8 +1,9 @@
 """Checkpoints: written so that a crash, a full disk or a flipped bit costs no more than the last interval, and read so
 that a hostile or damaged file is refused before anything of it is used.
 
-A checkpoint holds tensors and plain data only. `encoder.pt` is {"arch": what models.build needs, "model": tensors,
-"method": who made it, "step"}; `last.pt` adds the whole model, the optimizer and the scaler.
+A checkpoint holds tensors and plain data only. `encoder.pt` is {"arch": what models.build needs, "model": the encoder,
+"method": who made it, "step"}, and "classifier" after fine-tuning; `last.pt` is {"model": all of it, "optimizer",
+"scaler", "step", "config"}.
 """
 
 import contextlib
