@@ -135,10 +135,10 @@ def open_run(cfg, run, model, optimizer, sampler, steps, **about):
         signal.signal(number, lambda number, frame: interrupt(run, number))
     run.bar = tqdm(total=run.last, initial=first, disable=None if run.main else True, dynamic_ncols=True, unit="step")
     if run.main:
-        accumulate = math.ceil(cfg.batch_size / run.world / cfg.micro_batch)
+        share = cfg.batch_size // run.world
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lines = {"parameters": f"{parameters / 1e6:.2f} M", "steps": f"{first} to {run.last} of {steps}", **about,
-                 "batch": f"{cfg.batch_size} = {run.world} process(es) x {accumulate} x {cfg.micro_batch}",
+                 "batch": f"{cfg.batch_size} = {run.world} process(es) x {share}, {min(cfg.micro_batch, share)} at once",
                  "precision": f"{run.dtype} on {run.device}"}
         print("\n".join(f"{k.replace('_', ' '):>26}: {v}" for k, v in lines.items()), flush=True)
     return first
@@ -148,6 +148,8 @@ def interrupt(run, number):
     """The first Ctrl-C or SIGTERM makes the loop save and stop after the step it is in; a second one is not caught."""
     run.signal = number
     signal.signal(number, signal.SIG_DFL)
+    if run.main:  # os.write: a print here could interrupt one, and wait for its lock
+        os.write(1, b"\nstopping after this step, and saving; the same signal again stops at once and saves nothing\n")
 
 
 def distribute(cfg, run, model):

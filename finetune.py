@@ -151,7 +151,7 @@ def resolve(cfg):
         raise ValueError(f"mixup and cutmix mix pairs: --micro_batch {cfg.micro_batch} must be even")
     if cfg.init == "none":
         if cfg.eval or cfg.model == "auto":
-            raise ValueError("--eval needs a classifier in --init" if cfg.eval else "--init none needs --model")
+            raise ValueError("--eval needs a classifier in --init" if cfg.eval else "--init none needs a --model")
         arch, saved = {"in_chans": cfg.in_chans or 3, "img_size": (224, 224)}, None
     else:
         saved = weights.read_encoder(cfg.init)

@@ -187,7 +187,7 @@ def check(cfg, world):
     share, rest = divmod(cfg.batch_size, world)
     if rest:
         fail(f"--batch_size {cfg.batch_size} is not divisible by {world} processes")
-    if share % cfg.micro_batch:
+    if share % min(cfg.micro_batch, share):
         fits = max(m for m in range(1, min(cfg.micro_batch, share) + 1) if share % m == 0)
         fail(f"--micro_batch {cfg.micro_batch} does not divide the {share} images of --batch_size that each of {world} "
              f"process(es) holds; --micro_batch {fits} does")

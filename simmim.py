@@ -11,8 +11,8 @@ Paper: Xie et al., SimMIM: A Simple Framework for Masked Image Modeling, arXiv 2
 Xie et al., Revealing the Dark Secrets of Masked Image Modeling, arXiv 2205.13543.
 
     CPU     python simmim.py --config configs/simmim_tiny.yaml --out runs/simmim         (not measured)
-    1 GPU   python simmim.py --config configs/simmim_swin_b.yaml --data IMAGENET --out runs/simmim_b  (not measured)
-    8 GPUs  torchrun --nproc-per-node 8 simmim.py --config configs/simmim_swin_b.yaml --data IMAGENET ...
+    1 GPU   python simmim.py --config configs/simmim_swin_b.yaml --data /data/imagenet --out runs/simmim_b
+    8 GPUs  torchrun --nproc-per-node 8 simmim.py --config configs/simmim_swin_b.yaml --data /data/imagenet ...
 """
 
 import math

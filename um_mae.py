@@ -12,8 +12,8 @@ Paper: Li et al., Uniform Masking: Enabling MAE Pre-training for Pyramid-based V
 arXiv 2205.10063.
 
     CPU     python um_mae.py --config configs/um_mae_tiny.yaml --out runs/um_mae         (not measured)
-    1 GPU   python um_mae.py --config configs/um_mae_swin_t.yaml --data IMAGENET --out runs/um_t   (not measured)
-    8 GPUs  torchrun --nproc-per-node 8 um_mae.py --config configs/um_mae_swin_t.yaml --data IMAGENET ...
+    1 GPU   python um_mae.py --config configs/um_mae_swin_t.yaml --data /data/imagenet --out runs/um_t   (not measured)
+    8 GPUs  torchrun --nproc-per-node 8 um_mae.py --config configs/um_mae_swin_t.yaml --data /data/imagenet ...
 """
 
 import math
