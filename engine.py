@@ -138,7 +138,7 @@ def open_run(cfg, run, model, optimizer, sampler, steps, **about):
         share = cfg.batch_size // run.world
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lines = {"parameters": f"{parameters / 1e6:.2f} M", "steps": f"{first} to {run.last} of {steps}", **about,
-                 "batch": f"{cfg.batch_size} = {run.world} process(es) x {share}, {min(cfg.micro_batch, share)} at once",
+                 "batch": f"{cfg.batch_size} = {run.world} processes x {share}, {min(cfg.micro_batch, share)} a time",
                  "precision": f"{run.dtype} on {run.device}"}
         print("\n".join(f"{k.replace('_', ' '):>26}: {v}" for k, v in lines.items()), flush=True)
     return first
