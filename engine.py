@@ -202,12 +202,17 @@ def agree(run, loss, grad_norm):
     return loss, grad_norm, told > 0
 
 
+def leave_group():
+    """Part from the other processes, if there are any: one that exits inside its group may abort instead."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def check_finite(run, step, lr, loss, grad_norm):
     """Stop before the optimizer carries a NaN into the weights. (Under fp16 an infinite gradient alone is ordinary: the
     scaler skips that update and lowers its scale.)"""
     if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
-        if dist.is_initialized():  # a process that exits inside its group may abort instead of exiting with code 2
-            dist.destroy_process_group()
+        leave_group()
         fail(f"step {step}: loss {loss}, gradient norm {grad_norm}, lr {lr:.3e}; this step changed nothing, and "
              f"{run.out / 'last.pt'} is as it was; try --precision bf16 or fp32, a lower --base_lr, --clip_grad 1")
 
@@ -266,8 +271,7 @@ def save(cfg, run, done, model, optimizer, **more):
 def finish(run, done):
     """Leave the process group; after a signal, say how to go on and exit with the code that shells expect, 128 + it."""
     run.bar.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_group()
     if done < run.last:
         if run.main:
             print(f"stopped after step {done} of {run.last} and saved; add --resume to go on", flush=True)

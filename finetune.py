@@ -274,7 +274,7 @@ def main(argv=None):
             if run.main:
                 engine.claim(cfg, run, None, {})
             report(cfg, run, evaluate(model, val, run, cfg.micro_batch, cfg.workers), init=cfg.init)
-            return dist.destroy_process_group() if dist.is_initialized() else None
+            return engine.leave_group()
         dataset = data.labelled_set(cfg, "train")
         sampler = data.global_batches(len(dataset), cfg, run)
     if cfg.mode == "linear":
