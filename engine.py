@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401  names the failed worker to torchrun
 from tqdm import tqdm
 
-import weights
+import checkpoint
 from cost import plan  # noqa: F401
 from options import RunConfig, Size, check, claim, configure, fail, fixed, plain, user_errors  # noqa: F401
 
@@ -111,14 +111,14 @@ def open_run(cfg, run, model, optimizer, sampler, steps, **about):
     Exits with code 2 and leaves --out alone if it is used or not writable, or if the checkpoint does not fit.
     """
     with user_errors():
-        saved = weights.read_newest(run.out / "last.pt") if cfg.resume else None
+        saved = checkpoint.read_newest(run.out / "last.pt") if cfg.resume else None
         if saved is not None:
-            weights.require_run(saved, run.out / "last.pt")
+            checkpoint.require_run(saved, run.out / "last.pt")
             now, then = plain(fixed(cfg)), saved["config"]
             if changed := [f"--{k} was {then.get(k)} and is {now[k]}" for k in now if then.get(k) != now[k]]:
                 raise ValueError(f"--resume with other options: {', '.join(changed)}; give those a new --out")
-            weights.load_exactly(model, saved["model"], run.out / "last.pt")
-            weights.load_optimizer(optimizer, saved["optimizer"], run.out / "last.pt")
+            checkpoint.load_exactly(model, saved["model"], run.out / "last.pt")
+            checkpoint.load_optimizer(optimizer, saved["optimizer"], run.out / "last.pt")
             if saved["scaler"]:  # empty if what was saved ran in another precision, as auto may on another device
                 run.scaler.load_state_dict(saved["scaler"])
         if steps < 1:
@@ -264,8 +264,8 @@ def save(cfg, run, done, model, optimizer, **more):
         encoder = {"arch": plain(model.encoder.arch), "model": model.encoder.state_dict()}
         last = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict()}
         with user_errors():
-            weights.write(run.out / "last.pt", {**last, "step": done, "config": plain(fixed(cfg))})
-            weights.write(run.out / "encoder.pt", {**encoder, "step": done, "method": type(model).__name__, **more})
+            checkpoint.write(run.out / "last.pt", {**last, "step": done, "config": plain(fixed(cfg))})
+            checkpoint.write(run.out / "encoder.pt", {**encoder, "step": done, "method": type(model).__name__, **more})
 
 
 def finish(run, done):

@@ -16,13 +16,13 @@ Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.0
 
 import dataclasses
 import json
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+import checkpoint
 import data
 import engine
 import figures
@@ -31,7 +31,7 @@ import weights
 from transforms import mix
 
 
-@dataclass
+@dataclasses.dataclass
 class Config(engine.RunConfig):
     """Fine-tuning of ViT-B as MAE's released recipe has it; the paper's table differs in lr and layer decay."""
 
@@ -187,7 +187,7 @@ def build_classifier(cfg, saved, classes):
         weights.load_encoder(encoder, saved, cfg.init)
     if cfg.eval:
         tensors = {**{f"encoder.{k}": v for k, v in encoder.state_dict().items()}, **head["tensors"]}
-        weights.load_exactly(model, tensors, cfg.init)
+        checkpoint.load_exactly(model, tensors, cfg.init)
     encoder.requires_grad_(not linear)
     return model
 

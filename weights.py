@@ -1,147 +1,21 @@
-"""Checkpoints: written so that a crash, a full disk or a flipped bit costs no more than the last interval, and read so
-that a hostile or damaged file is refused before anything of it is used.
+"""Weights that travel: from a run to fine-tuning, to other sizes of images and windows.
 
-A checkpoint holds tensors and plain data only. `encoder.pt` is {"arch": what models.build needs, "model": the encoder,
-"method": who made it, "step"}, and "classifier" after fine-tuning; `last.pt` is {"model": all of it, "optimizer",
-"scaler", "step", "config"}.
+`encoder.pt` is {"arch": what models.build needs, "model": the encoder, "method": who made it, "step"}, and "classifier"
+after fine-tuning.
 """
 
-import contextlib
 import os
-import pickle
-import zipfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import models
-
-
-def write(path, content):
-    """Write `content` to `path` through a temporary file that is flushed, synced and read back first.
-
-    What `path` held before stays beside it as `previous.<name>`. OSError if the disk is full or not writable: `path`
-    and its predecessor are then as they were.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if wrong := damage(temporary):
-            raise OSError(f"it does not read back as it was written: {wrong}")
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's zip writer on a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(f"cannot write {path} ({error}); what was saved before is intact") from error
-    if path.exists() and not damage(path):  # a damaged file must not take the place of its whole predecessor
-        os.replace(path, path.with_name("previous." + path.name))
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)  # the renames are durable only once the directory is, too
-    os.fsync(directory)
-    os.close(directory)
-
-
-def read(path):
-    """The content of a checkpoint, on the CPU. ValueError (one line) if it is damaged, cut short, or holds anything but
-    tensors and plain data: nothing in it is executed. FileNotFoundError if it is not there."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if wrong := damage(path):
-        raise ValueError(f"{path} is not a whole checkpoint: {wrong}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain data, and is not opened") from error
-    except Exception as error:  # rubbish behind right checksums raises whatever it likes
-        raise ValueError(f"{path} is not a checkpoint: {type(error).__name__}") from error
-
-
-def damage(path):
-    """What is wrong with a file as torch.save's archive, in one line, or None. torch.save writes CRC-32 sums, but
-    torch.load does not look at them, and reads entries whose flags or compression were changed as something else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            odd = [i.filename for i in archive.infolist()
-                   if i.flag_bits & ~0x808 or i.compress_type or i.external_attr & 0x10]  # 0x10: "is a folder"
-            wrong = odd[0] if odd else archive.testzip()
-    except Exception as error:  # zipfile raises a dozen kinds of errors on a damaged directory
-        return f"{type(error).__name__} {' '.join(str(error).split())}"
-    return f"{wrong} is damaged" if wrong else None
-
-
-def read_newest(path):
-    """`read(path)`, or, with a line that says so, its predecessor if `path` is damaged or gone; None without either."""
-    path = Path(path)
-    previous = path.with_name("previous." + path.name)
-    if not path.exists() and not previous.exists():
-        return None
-    try:
-        return read(path)
-    except (ValueError, FileNotFoundError) as error:
-        if not previous.exists():
-            raise
-        print(f"{error}; going on from {previous}", flush=True)
-        return read(previous)
-
-
-def require_run(saved, where):
-    """ValueError unless `saved` has the parts that a last.pt has."""
-    kinds = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "step": int}
-    whole = isinstance(saved, dict) and all(isinstance(saved.get(name), kind) for name, kind in kinds.items())
-    if not whole or saved["step"] < 0:
-        raise ValueError(f"{where} is not a last.pt of this project")
-
-
-def load_exactly(model, tensors, where):
-    """Copy `tensors` (a state dict) into `model`. ValueError before anything is copied if a name, shape or dtype
-    differs, or if a value is not finite."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        raise ValueError(f"{where} is of another architecture: it lacks {missing[:3]} and has unknown {extra[:3]}")
-    for name, tensor in own.items():
-        require_like(tensor, tensors[name], f"{where}, {name}")
-    model.load_state_dict(tensors)
-
-
-def load_optimizer(optimizer, state, where):
-    """Copy an optimizer's state dict back. ValueError before anything is copied if groups, shapes or dtypes differ."""
-    try:
-        check_optimizer(optimizer, state, where)
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{where}: the optimizer's state is none: {error!r}") from error
-    optimizer.load_state_dict(state)
-
-
-def check_optimizer(optimizer, state, where):
-    """ValueError, or an error of its kind for nonsense, unless `state` fits the optimizer."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    groups = [group["names"] for group in optimizer.param_groups]
-    saved = [group.get("names") for group in state["param_groups"]]
-    if groups != saved or not set(state["state"]) <= set(range(len(params))):
-        raise ValueError(f"{where}: the optimizer was saved with other parameter groups")
-    for index, moments in state["state"].items():
-        for name, value in moments.items():
-            expected = torch.zeros(()) if name == "step" else params[index]
-            require_like(expected, value, f"{where}, {name} of optimizer parameter {index}")
-
-
-def require_like(expected, found, where):
-    """ValueError unless `found` is a finite tensor of the shape and dtype of `expected`."""
-    if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
-        kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else type(found).__name__
-        raise ValueError(f"{where} should be {tuple(expected.shape)} {expected.dtype}, not {kind}")
-    if not torch.isfinite(found).all():
-        raise ValueError(f"{where} holds values that are not finite")
 
 
 def read_encoder(path):
     """The content of an encoder.pt. ValueError if it is damaged, hostile or something else, such as a last.pt."""
-    saved = read(path)
+    saved = checkpoint.read(path)
     arch = saved.get("arch") if isinstance(saved, dict) else None
     fits = isinstance(arch, dict) and isinstance(saved.get("model"), dict) and isinstance(arch.get("model"), str)
     fits = fits and isinstance(arch.get("options"), dict) and isinstance(arch.get("img_size"), list)
@@ -170,14 +44,14 @@ def load_encoder(encoder, saved, where):
     notes = adapt_bias_tables(tensors, arch, encoder, where)
     if grid != encoder.grid and "pos_embed" in tensors:
         rows = encoder.num_prefix + grid[0] * grid[1]
-        require_like(torch.empty(1, rows, encoder.embed_width, device="meta"), tensors["pos_embed"], where)
+        checkpoint.require_like(torch.empty(1, rows, encoder.embed_width, device="meta"), tensors["pos_embed"], where)
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"], grid, encoder.grid, encoder.num_prefix)
         notes.append(f"positions resized from {grid[0]}x{grid[1]} to {encoder.grid[0]}x{encoder.grid[1]}")
     over = [name for name in tensors if name not in encoder.state_dict()]
     if over and all(name.startswith("norm.") for name in over):  # a head with its own norm replaces the last one
         notes.append(f"left over: {', '.join(over)}")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in over}
-    load_exactly(encoder, tensors, where)
+    checkpoint.load_exactly(encoder, tensors, where)
     if os.environ.get("RANK", "0") == "0":
         notes = [f"loaded {len(tensors)} tensors of {arch['model']} from {where}", *notes]
         print("; ".join(notes), flush=True)
@@ -207,7 +81,7 @@ def adapt_bias_tables(tensors, arch, encoder, where):
                     models.window_sizes(a["img_size"], a["options"]["window"])[stage] for a in (arch, encoder.arch))
         if old != new:
             rows = (2 * old[0] - 1) * (2 * old[1] - 1) + (3 if stage is None else 0)  # 3: BEiT's, for a class token
-            require_like(torch.zeros(rows, own[name].shape[1]), tensors[name], f"{where}, {name}")
+            checkpoint.require_like(torch.zeros(rows, own[name].shape[1]), tensors[name], f"{where}, {name}")
             tensors[name] = resize_bias_table(tensors[name], old, new)
             sizes.add(f"{old[0]}x{old[1]} to {new[0]}x{new[1]}")
     return notes + [f"bias tables resized from {', '.join(sorted(sizes))}"] * bool(sizes)

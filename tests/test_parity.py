@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+import checkpoint
 import data
 import engine
 import finetune
@@ -21,7 +22,6 @@ import mae
 import models
 import simmim
 import um_mae
-import weights
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))
 HEADS = 4  # of encoder and decoder: the one number that the arrays do not tell
@@ -192,7 +192,7 @@ def test_um_mae(name, small):
     tensors = {f"encoder.{k}": v for k, v in parity.encoder_tensors(theirs, DEPTHS).items()}
     tensors |= {f"decoder.{k}": v for k, v in parity.decoder_tensors(theirs).items()}
     tensors |= {"secondary_token": theirs["vis_mask_token"], "mask_token": theirs["mask_token"]}
-    weights.load_exactly(model, tensors, name)
+    checkpoint.load_exactly(model, tensors, name)
     noise = torch.cat([torch.from_numpy(arrays[k]).float() for k in ("mask", "secondary_noise")], dim=1)
     ids_keep, secondary, mask = model.mask(noise)
     assert torch.equal(mask, torch.from_numpy(arrays["mask"]).bool())
@@ -223,7 +223,7 @@ def test_simmim(name, small):
     tensors = parity.simmim_tensors(theirs)
     tensors = {k if k == "mask_token" else f"encoder.{k}": v for k, v in tensors.items()}
     tensors |= {f"head.{k}": theirs[f"decoder.0.{k}"].squeeze() for k in ("weight", "bias")}
-    weights.load_exactly(model, tensors, name)
+    checkpoint.load_exactly(model, tensors, name)
     side = model.cfg.mask_unit // model.encoder.stride
     mask = torch.from_numpy(arrays["mask"]).bool()
     units = mask[:, ::side, ::side].flatten(1)
@@ -252,7 +252,7 @@ def test_fine_tuning_um_mae(name, small):
     model = finetune.Classifier(models.build(f"{kind}_golden", (64, 64), learn_positions=True, **options), 5)
     head = {k: v for k, v in theirs.items() if k.startswith(("fc_norm", "head"))}
     encoder = {f"encoder.{k}": v for k, v in parity.encoder_tensors(theirs, DEPTHS).items()}
-    weights.load_exactly(model, {**head, **encoder}, name)
+    checkpoint.load_exactly(model, {**head, **encoder}, name)
     logits = model(imgs)
     check_tensor(logits, arrays["logits"])
     loss = F.cross_entropy(logits, torch.arange(len(logits)))

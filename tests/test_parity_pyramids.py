@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchvision.models.swin_transformer import SwinTransformer
 
+import checkpoint
 import models
 import weights
 
@@ -26,7 +27,7 @@ def test_swin_is_torchvision_s(img_size):
     ours = models.Swin("swin", img_size, 4, 3, 32, (2, 2, 2, 2), (1, 2, 4, 8), 32, window=7)
     theirs = other.state_dict()
     tensors = {name: theirs[torchvision_names(name)] for name in ours.state_dict()}
-    weights.load_exactly(ours, tensors, "torchvision")
+    checkpoint.load_exactly(ours, tensors, "torchvision")
     imgs = torch.randn(1, 3, *img_size)
     with torch.no_grad():
         expected = other.norm(other.features(imgs)).flatten(1, 2)
@@ -104,7 +105,7 @@ def test_sizes_and_gradients(name, img_size, in_chans):
 def test_round_trip(name, tmp_path, capsys):
     """encoder.pt to an encoder made from its arch: the same features. Stochastic depth, checkpointing."""
     encoder = make(name).eval()
-    weights.write(tmp_path / "encoder.pt", {"arch": encoder.arch, "model": encoder.state_dict()})
+    checkpoint.write(tmp_path / "encoder.pt", {"arch": encoder.arch, "model": encoder.state_dict()})
     saved = weights.read_encoder(tmp_path / "encoder.pt")
     arch = saved["arch"]
     again = models.build(arch["model"], arch["img_size"], arch["patch_size"], arch["in_chans"], drop_path=0.5,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import ROOT, equal, flags, log_of
 
+import checkpoint
 import data
 import finetune
 import simmim
-import weights
 
 KINDS = {"swin": {"model": "swin_tiny", "window": 4}, "continuous": {"model": "swin_tiny", "bias": "continuous"},
          "pvt": {"model": "pvt_tiny"}, "vit": {"model": "vit_tiny", "patch_size": 16},
@@ -261,7 +261,7 @@ def test_fine_tuning_simmim_s_vit_starts_with_the_shared_table_in_every_block(tm
     model = build("vit", layer_scale=0.1)
     table = model.encoder.rel_pos_bias["relative_position_bias_table"]
     torch.nn.init.normal_(table)
-    weights.write(tmp_path / "encoder.pt", {"arch": model.encoder.arch, "model": model.encoder.state_dict()})
+    checkpoint.write(tmp_path / "encoder.pt", {"arch": model.encoder.arch, "model": model.encoder.state_dict()})
     cfg, saved = finetune.resolve(finetune.Config(init=str(tmp_path / "encoder.pt"), img_size=(64, 64)))
     classifier = finetune.build_classifier(cfg, saved, ["a", "b"])
     tables = [block.attn.relative_position_bias_table for block in classifier.encoder.blocks]
