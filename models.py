@@ -6,6 +6,8 @@ where they come from:
                                        full grid, None for all tokens in raster order; a pyramid takes grid=(h, w), too,
                                        if the tokens lie in a smaller map than the full one
     encoder(imgs)                      encode(embed(imgs)): plain features
+    encoder.maps(imgs)                 the same as a list of maps (B, D, h, w), finest first: of a pyramid's four
+                                       stages, of which encode normalises the last; one of any other encoder
     encoder.grid, stride, embed_width  of the tokens: rows and columns, pixels, channels
     encoder.out_stride, width          of the latent: pixels, channels
     encoder.num_layers, num_prefix, layer_id(name), checkpointing, arch
@@ -67,6 +69,18 @@ def build(model, img_size, patch_size=0, in_chans=3, **options):
     raise ValueError(f"unknown --model {model!r}; there are {', '.join([*VIT, *SWIN, *PVT])}")
 
 
+def as_map(x, grid):
+    """Tokens (B, h*w, D) in raster order -> map (B, D, h, w)."""
+    return x.transpose(1, 2).unflatten(2, tuple(grid))  # (B, D, h, w)
+
+
+def one_map(encoder, imgs, noise=None):
+    """`maps` of an encoder that has but one: its latent, without class tokens, as [(B, D, h, w)]."""
+    latent = encoder.encode(encoder.embed(imgs), noise=noise)  # (B, num_prefix + h*w, D)
+    grid = (math.ceil(n / encoder.out_stride) for n in imgs.shape[2:])
+    return [as_map(latent[:, encoder.num_prefix :], grid)]
+
+
 class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2021) with a class token, as MAE uses it.
 
@@ -78,6 +92,7 @@ class ViT(nn.Module):
     """
 
     num_prefix = 1
+    maps = one_map
 
     def __init__(self, model, img_size, patch_size, in_chans, width, depth, num_heads,
                  learn_positions=False, drop_path=0.0, positions="absolute", layer_scale=0.0):
@@ -332,25 +347,35 @@ class Pyramid(nn.Module):
         coords (B, h*w, 2): integer (row, column) of each token on the full grid, None if they are the map's own.
         `noise` (B, 2 * num_layers) uniform in [0, 1) for stochastic depth. ValueError if tokens and map do not match.
         """
+        return self.norm(self.stages(tokens, coords, grid, noise)[-1][0])
+
+    def maps(self, imgs, noise=None):
+        """(B, C, H, W) -> maps of the four stages, (B, D, h, w) to (B, D', h/8, w/8), the last one normalised."""
+        *first, (x, grid) = self.stages(self.embed(imgs), noise=noise)
+        return [as_map(*stage) for stage in [*first, (self.norm(x), grid)]]
+
+    def stages(self, tokens, coords=None, grid=None, noise=None):
+        """Arguments as of `encode` -> what comes out of the blocks of each stage: [(x (B, h*w, D), its map (h, w))]."""
         grid = self.grid if grid is None else tuple(grid)
         if tokens.shape[1] != grid[0] * grid[1] or grid[0] > self.grid[0] or grid[1] > self.grid[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a map of {grid[0]}x{grid[1]} within the encoder's "
                              f"{self.grid[0]}x{self.grid[1]}")
         if coords is None and grid != self.grid:
             coords = raster(grid, tokens.device)  # (1, h*w, 2)
-        x, first = tokens, 0
+        x, first, out = tokens, 0, []
         if self.pos_embed is not None:
             x = x + positions_at(self.pos_embed, coords, self.grid)
         for stage, layer in enumerate(self.layers):
             draws = None if noise is None else noise[:, 2 * first : 2 * (first + self.depths[stage])]
             x = run_blocks(layer["blocks"], x, draws, self.checkpointing, self.context(stage, grid, coords, x))
+            out.append((x, grid))
             if "downsample" in layer:
                 x = layer["downsample"](x, grid)  # (B, h/2 * w/2, D')
                 if coords is not None:  # a merged token lies where its top-left one lay
                     coords = coords.view(len(coords), *grid, 2)[:, ::2, ::2].flatten(1, 2)  # (B, h/2 * w/2, 2)
                 grid = tuple((n + 1) // 2 for n in grid)
             first += self.depths[stage]
-        return self.norm(x)
+        return out
 
     def context(self, stage, grid, coords, x):
         """What the attention of a stage needs beside x."""
