@@ -14,9 +14,15 @@ from torch.utils.checkpoint import checkpoint
 def check_sizes(img_size, patch_size, in_chans):
     """ValueError unless images of these sizes can be cut into patches."""
     if patch_size < 1 or any(n < 1 or n % patch_size for n in img_size):
-        raise ValueError(f"--patch_size {patch_size} does not divide --img_size {img_size[0]}x{img_size[1]}")
+        raise ValueError(f"--patch_size {patch_size} does not divide --img_size {img_size[0]}x{img_size[1]}"
+                         + (f"; it divides {next_size(img_size, patch_size)}" if patch_size > 0 else ""))
     if in_chans < 1:
         raise ValueError(f"--in_chans must be 1 or more, not {in_chans}")
+
+
+def next_size(size, step):
+    """The smallest (height, width) from `size` on whose sides are multiples of `step`, at least one, as 64x96."""
+    return "x".join(str(step * max(1, math.ceil(n / step))) for n in size)
 
 
 def sincos_positions(grid, width, num_prefix=1):

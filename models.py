@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import (  # Decoder, patchify, unpatchify, patch_statistics: method files use them as models.*
+from layers import (  # Decoder, patchify, unpatchify, ...: method files use them as models.*
     Attention,
     Block,
     Decoder,  # noqa: F401
@@ -34,6 +34,7 @@ from layers import (  # Decoder, patchify, unpatchify, patch_statistics: method 
     check_sizes,
     init_normal,
     init_weights,
+    next_size,  # noqa: F401
     offset_index,
     patch_statistics,  # noqa: F401
     patchify,  # noqa: F401

@@ -78,9 +78,12 @@ class SimMIM(nn.Module):
         self.encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, **options)
         self.encoder.checkpointing = cfg.activation_checkpointing
         unit, stride, out = cfg.mask_unit, self.encoder.stride, self.encoder.out_stride
-        if unit < 1 or unit % stride or any(n % unit or n % out for n in cfg.img_size):
+        if unit < 1 or unit % stride:
+            raise ValueError(f"--mask_unit {unit} must be divisible by {stride}, the patches of {cfg.model}")
+        if any(n % unit or n % out for n in cfg.img_size):
             raise ValueError(f"--img_size {cfg.img_size[0]}x{cfg.img_size[1]} must be divisible by --mask_unit {unit} "
-                             f"and by {out}, the stride of {cfg.model}, and --mask_unit by its patches of {stride}")
+                             f"and by {out}, the stride of {cfg.model}, as "
+                             f"{models.next_size(cfg.img_size, math.lcm(unit, out))} is")
         self.units = (cfg.img_size[0] // unit, cfg.img_size[1] // unit)
         self.num_units = self.units[0] * self.units[1]  # U
         self.num_noise = self.num_units + 2 * self.encoder.num_layers  # for the mask, and for stochastic depth

@@ -127,8 +127,9 @@ class UMMAE(nn.Module):
             raise ValueError("--reduction {} cuts units of {} px: it must be multiples of {}, even or 1".format(
                 *(",".join(map(str, n)) for n in (cfg.reduction, [u], least))))
         if any(n % (2 * out) for n in cfg.img_size):
-            raise ValueError(f"--img_size {cfg.img_size[0]}x{cfg.img_size[1]} must be divisible by {2 * out}: cells of "
-                             f"2x2, and a stride of {out} of {cfg.model}")
+            raise ValueError(f"--img_size {cfg.img_size[0]}x{cfg.img_size[1]} must be divisible by {2 * out} (cells "
+                             f"of 2x2, a stride of {out} of {cfg.model}), "
+                             f"as {models.next_size(cfg.img_size, 2 * out)} is")
         self.grid = (cfg.img_size[0] // u, cfg.img_size[1] // u)
         self.num_units = self.grid[0] * self.grid[1]  # U
         self.num_noise = 2 * self.num_units  # for sampling, and for secondary masking

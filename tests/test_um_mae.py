@@ -353,8 +353,9 @@ def test_every_trainable_parameter_gets_a_gradient(kind, size, C, unit):
 
 
 @pytest.mark.parametrize("kind,options,said", [
-    ("swin", {"img_size": (96, 128)}, "96x128 must be divisible by 64"), ("pvt", {"img_size": (128, 100)}, "by 64"),
-    ("vit", {"img_size": (64, 72)}, "64x72 must be divisible by 16"),
+    ("swin", {"img_size": (96, 128)}, "96x128 must be divisible by 64 .* as 128x128 is"),
+    ("pvt", {"img_size": (128, 100)}, "by 64"),
+    ("vit", {"img_size": (64, 72)}, "64x72 must be divisible by 16 .* as 64x80 is"),
     ("swin", {"sampling": "random"}, "uniform or grid"), ("vit", {"unit": 16}, "divisible by 8 and divide 8"),
     ("swin", {"unit": 12}, "must be divisible by 4 and divide 32"),
     ("swin", {"window": 6}, "--window 6 .* divisible by 4"), ("swin", {"unit": 16, "window": 12}, "divisible by 8"),
