@@ -249,10 +249,10 @@ def global_batches(n, cfg, run):
 
 
 def in_order(n, micro_batch, rank=0, world=1):
-    """Every image once, for evaluation: this process's part, as lists of (epoch 0, index, index). No part is padded, so
-    that processes may hold different numbers of batches."""
-    mine = range(rank, n, world)
-    return [[(0, i, i) for i in mine[k : k + micro_batch]] for k in range(0, len(mine), micro_batch)]
+    """Every image once, for evaluation, as lists of (epoch 0, index, index): every world-th of the batches that one
+    process would make. A batch holds the same images on any number of processes, some of which may hold one more."""
+    batches = [[(0, i, i) for i in range(k, min(k + micro_batch, n))] for k in range(0, n, micro_batch)]
+    return batches[rank::world]
 
 
 def ignore_signals(worker):
@@ -267,12 +267,15 @@ def as_it_is(batch):
 
 def loader(dataset, sampler, workers=0, pin=False):
     """Iterate over (imgs uint8 (b, C, H, W), labels (b,), position in the global batch (b,)) of the sampler's lists.
-    TooManyBroken stops it."""
+    Too many broken files end the process with one line and exit code 2."""
     batches = torch.utils.data.DataLoader(
         dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pin, collate_fn=as_it_is,
         worker_init_fn=ignore_signals, generator=torch.Generator())  # its own: the global one would lose a number
     for imgs, labels, positions, broken in batches:
-        dataset.count(broken, imgs)
+        try:
+            dataset.count(broken, imgs)
+        except TooManyBroken as error:
+            fail(error, everywhere=True)
         yield imgs, labels, positions
 
 

@@ -15,17 +15,15 @@ Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.0
 """
 
 import dataclasses
-import json
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
 import data
 import engine
-import figures
+import evaluate
 import models
 import weights
 from transforms import mix
@@ -97,9 +95,7 @@ class Classifier(nn.Module):
 
     def features(self, imgs, noise=None):
         """(B, C, H, W) -> pooled features (B, D), before the head's norm."""
-        latent = self.encoder.encode(self.encoder.embed(imgs), noise=noise)  # (B, num_prefix + N, D)
-        prefix = self.encoder.num_prefix
-        return latent[:, 0] if self.pool == "cls" else latent[:, prefix:].mean(dim=1)  # (B, D)
+        return evaluate.pooled(self.encoder, imgs, self.pool, noise)  # (B, D)
 
     def forward(self, imgs, noise=None):
         """(B, C, H, W) -> logits (B, K); `noise` (B, 2 * layers) as the encoder takes it."""
@@ -192,70 +188,6 @@ def build_classifier(cfg, saved, classes):
     return model
 
 
-def start_head(model, features, labels):
-    """Put the solution of L2-regularised logistic regression on normalised features (n, D), labels (n,), into the head,
-    so that fine-tuning does not begin by bending the encoder to a random head (Kumar et al., 2022)."""
-    if isinstance(model.fc_norm, nn.BatchNorm1d):
-        model.fc_norm.running_mean.copy_(features.mean(dim=0))
-        model.fc_norm.running_var.copy_(features.var(dim=0, unbiased=False))
-    with torch.no_grad():
-        inputs = model.fc_norm.eval()(features)
-    solver = torch.optim.LBFGS(model.head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        solver.zero_grad()
-        loss = F.cross_entropy(model.head(inputs), labels) + 1e-2 * model.head.weight.square().sum()  # 1e-2: ours
-        loss.backward()
-        return loss
-
-    solver.step(closure)
-    model.head.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def extract(model, dataset, run, micro_batch, workers):
-    """Features (n, D) and labels (n,) of a whole data set, in order, on this process."""
-    model.eval()
-    chunks = data.in_order(len(dataset), micro_batch)
-    parts = [(model.features(data.normalize(imgs.to(run.device))).float(), labels.to(run.device))
-             for imgs, labels, _ in data.loader(dataset, chunks, workers)]
-    return [torch.cat(part) for part in zip(*parts, strict=True)]  # (n, D), (n,)
-
-
-@torch.no_grad()
-def evaluate(model, dataset, run, micro_batch, workers):
-    """{top1, top5 in percent, images, per_class in percent, confusion (true x predicted)}: every image once, whatever
-    the number of processes: each takes every world-th image, and integer counts are added up."""
-    model.eval()
-    K = len(dataset.source.classes)
-    counts = torch.zeros(K * K + 1, dtype=torch.int64, device=run.device)  # confusion matrix, then top-5 hits
-    if run.world > 1:
-        for buffer in model.buffers():  # BatchNorm's statistics: those of process 0, which are the ones saved
-            dist.broadcast(buffer, 0)
-    for imgs, labels, _ in data.loader(dataset, data.in_order(len(dataset), micro_batch, run.rank, run.world), workers):
-        imgs, labels = data.normalize(imgs.to(run.device)), labels.to(run.device)
-        with engine.autocast(run):
-            best = model(imgs).topk(min(5, K), dim=1).indices  # (B, 5)
-        counts[: K * K] += torch.bincount(labels * K + best[:, 0], minlength=K * K)
-        counts[-1] += (best == labels[:, None]).sum()
-    if run.world > 1:
-        dist.all_reduce(counts)
-    confusion, n = counts[:-1].view(K, K).cpu(), int(counts[:-1].sum())  # (K, K)
-    per_class = 100 * confusion.diag() / confusion.sum(dim=1).clamp(min=1)
-    return {"top1": 100 * int(confusion.trace()) / n, "top5": 100 * int(counts[-1]) / n, "images": n,
-            "per_class": dict(zip(dataset.source.classes, [round(v, 2) for v in per_class.tolist()], strict=True)),
-            "confusion": confusion.tolist()}
-
-
-def report(cfg, run, result, **about):
-    """Print the accuracy, write OUT/result.json and, if asked for, draw the confusion matrix."""
-    if run.main:
-        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  of {result['images']} images", flush=True)
-        (run.out / "result.json").write_text(json.dumps({**about, **result}, indent=1) + "\n")
-        if cfg.confusion:
-            figures.confusion(run.out / "pictures" / "confusion.png", result["confusion"], list(result["per_class"]))
-
-
 # ---------------------------------------- Training
 
 @engine.record
@@ -273,7 +205,7 @@ def main(argv=None):
         if cfg.eval:
             if run.main:
                 engine.claim(cfg, run, None, {})
-            report(cfg, run, evaluate(model, val, run, cfg.micro_batch, cfg.workers), init=cfg.init)
+            evaluate.report(cfg, run, evaluate.accuracy(cfg, run, model, val), init=cfg.init)
             return engine.leave_group()
         dataset = data.labelled_set(cfg, "train")
         sampler = data.global_batches(len(dataset), cfg, run)
@@ -288,7 +220,7 @@ def main(argv=None):
     first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak, images=len(dataset))
     if cfg.head_start == "probe" and not first:
         plain = data.labelled_set(cfg, "train", augment=False)
-        start_head(model, *extract(model, plain, run, cfg.micro_batch, cfg.workers))
+        evaluate.start_head(model, *evaluate.extract(cfg, run, model.encoder, plain, model.pool))
     net = engine.distribute(cfg, run, model)
     batches = engine.timed(run, data.loader(dataset, sampler, cfg.workers, pin=run.device.type == "cuda"))
 
@@ -328,11 +260,11 @@ def main(argv=None):
         if told:
             break
         if engine.due(run, step, cfg.eval_epochs * sampler.steps_per_epoch) and step + 1 < run.last:
-            result = evaluate(model, val, run, cfg.micro_batch, cfg.workers)
+            result = evaluate.accuracy(cfg, run, model, val)
             engine.note(run, step=step + 1, top1=result["top1"], top5=result["top5"])
             model.train()
     if (done := step + 1 if run.last > first else first) == run.last:
-        report(cfg, run, evaluate(model, val, run, cfg.micro_batch, cfg.workers), step=done)
+        evaluate.report(cfg, run, evaluate.accuracy(cfg, run, model, val), step=done)
     engine.finish(run, done)
 
 

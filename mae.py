@@ -14,7 +14,6 @@ Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.0
     8 GPUs  torchrun --nproc-per-node 8 mae.py --config configs/mae_vit_b.yaml --data /data/imagenet --out runs/mae_b
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ import torch.nn as nn
 
 import data
 import engine
+import evaluate
 import figures
 import models
 
@@ -64,11 +64,9 @@ def grid_scores(noise, grid):
 
 
 def block_scores(noise, grid):
-    """Kept last: what large random rectangles cover (MAE, Fig. 6 middle, after BEiT, Algorithm 1).
-
-    An image's noise is read as a list of rectangles (area, aspect, top, left). What an earlier one covers is hidden
-    first; the last one is hidden in part, so that the count is exact.
-    """
+    """Kept last: what large random rectangles cover (MAE, Fig. 6 middle, after BEiT, Algorithm 1). An image's noise is
+    read as a list of them (area, aspect, top, left). What an earlier one covers is hidden first, what the last one
+    covers in part, so that the count is exact."""
     N, (h, w) = noise.shape[1], grid
     draws = noise[:, torch.arange(max(4, N // 4 * 4)) % N].unflatten(1, (-1, 4, 1))  # (B, R, 4, 1)
     area, aspect = N * (0.08 + 0.32 * draws[:, :, 0]), 0.3 ** (2 * draws[:, :, 1] - 1)  # (B, R, 1), BEiT's ranges
@@ -119,7 +117,7 @@ class MAE(nn.Module):
         scores = SCORES[self.cfg.mask](noise, self.encoder.grid)  # (B, N)
         ids = scores.argsort(dim=1, stable=True)  # (B, N), what is kept comes first; stable: the same on CPU and GPU
         ids_restore = ids.argsort(dim=1)  # (B, N), where in `ids` each patch of the grid stands
-        N_keep = max(1, math.floor(noise.shape[1] * (1 - self.cfg.mask_ratio) + 1e-9))  # 100 * (1 - 0.9) is 9.999...
+        N_keep = max(1, int(noise.shape[1] * (1 - self.cfg.mask_ratio) + 1e-9))  # 100 * (1 - 0.9) is 9.999...
         return ids[:, :N_keep], ids_restore, ids_restore >= N_keep
 
     def encode(self, tokens, ids_keep, mask):
@@ -134,11 +132,10 @@ class MAE(nn.Module):
         """Mask tokens are appended, the list is put back in raster order, every patch is predicted: (B, N, p*p*C)."""
         x = self.decoder.embed(latent)  # (B, 1 + N_keep, decoder_width)
         if not self.cfg.mask_tokens_in_encoder:
-            cls, x = x[:, :1], x[:, 1:]
-            hidden = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] - x.shape[1], -1)
-            x = torch.cat([x, hidden], dim=1)  # (B, N, decoder_width)
-            x = x.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))  # now in raster order
-            x = torch.cat([cls, x], dim=1)  # (B, 1 + N, decoder_width)
+            hidden = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
+            patches = torch.cat([x[:, 1:], hidden], dim=1)  # (B, N, decoder_width)
+            patches = patches.gather(1, ids_restore[..., None].expand_as(patches))  # now in raster order
+            x = torch.cat([x[:, :1], patches], dim=1)  # (B, 1 + N, decoder_width)
         return self.decoder(x)
 
     def target(self, imgs, flat=False):
@@ -210,6 +207,7 @@ def main(argv=None):
         model = MAE(cfg).to(run.device)
         dataset = data.pretrain_set(cfg)
         sampler = data.global_batches(len(dataset), cfg, run)
+        probe_sets = evaluate.probe_sets(cfg)
         sample = data.normalize(data.sample(dataset, 64).to(run.device))  # (64, C, H, W)
     sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, cfg.weight_decay), betas=cfg.betas, fused=True)
@@ -253,6 +251,8 @@ def main(argv=None):
             engine.save(cfg, run, step + 1, model, optimizer)
         if told:
             break
+        if probe_sets and engine.due(run, step, cfg.probe_epochs * sampler.steps_per_epoch):
+            evaluate.probe(cfg, run, step, model.encoder, probe_sets)
     engine.finish(run, step + 1 if run.last > first else first)
 
 

@@ -47,6 +47,9 @@ class RunConfig:
     max_steps: int = 0  # stop after this many steps of the full schedule; 0 runs all of it
     log_every: int = 50  # steps between lines of log.jsonl
     picture_epochs: float = 20.0  # epochs between pictures of reconstructions
+    probe_epochs: float = 0.0  # epochs between k-NN probes of the encoder, which change nothing; 0 for none
+    probe_data: str = ""  # labelled data of the probe; --data if empty
+    probe_labels: int = 0  # training images that the probe compares with, the same number of every class; 0 for all
     save_minutes: float = 15.0  # minutes between checkpoints
     save_epochs: float = 20.0  # epochs between checkpoints
     timeout_minutes: float = 10.0  # a process that waits longer than this for the others gives up
@@ -197,7 +200,7 @@ def check_ranges(cfg):
     """Refuse numbers that make no sense; a script's Config need not have all of them."""
     given = vars(cfg)
     for name in ("base_lr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "mixup", "cutmix", "color_jitter",
-                 "shift", "labels", "picture_epochs", "eval_epochs"):
+                 "shift", "labels", "picture_epochs", "probe_epochs", "probe_labels", "eval_epochs"):
         if given.get(name, 0) < 0:
             fail(f"--{name} must be 0 or more, not {given[name]}")
     for name in ("flip", "random_erasing", "smoothing", "layer_decay"):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import data
 import engine
+import evaluate
 import figures
 import models
 
@@ -182,6 +183,7 @@ def main(argv=None):
         model = SimMIM(cfg).to(run.device)
         dataset = data.pretrain_set(cfg)
         sampler = data.global_batches(len(dataset), cfg, run)
+        probe_sets = evaluate.probe_sets(cfg)
         sample = data.normalize(data.sample(dataset, 64).to(run.device))  # (64, C, H, W)
     sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, cfg.weight_decay), betas=cfg.betas, fused=True)
@@ -225,6 +227,8 @@ def main(argv=None):
             engine.save(cfg, run, step + 1, model, optimizer)
         if told:
             break
+        if probe_sets and engine.due(run, step, cfg.probe_epochs * sampler.steps_per_epoch):
+            evaluate.probe(cfg, run, step, model.encoder, probe_sets)
     engine.finish(run, step + 1 if run.last > first else first)
 
 

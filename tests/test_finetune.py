@@ -11,12 +11,19 @@ from conftest import equal, log_of, snapshot
 
 import data
 import engine
+import evaluate
 import finetune
 import layers
 import mae
 import weights
 
 HERE = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def judge(model, dataset, micro_batch=4, **process):
+    """evaluate.accuracy in this process, or in one that calls itself another one of several."""
+    cfg, run = types.SimpleNamespace(micro_batch=micro_batch, workers=0), {**vars(HERE), **process}
+    return evaluate.accuracy(cfg, types.SimpleNamespace(**run), model, dataset)
 
 
 def config(**options):
@@ -214,7 +221,7 @@ def test_the_probe_is_the_minimum_of_its_objective():
     labels = torch.randint(0, 3, (300,), generator=draw)
     features = torch.randn(3, 96, generator=draw)[labels] * 3 + torch.randn(300, 96, generator=draw) * 0.5 + 7
     model = finetune.build_classifier(config(head_start="probe"), None, list("abc"))
-    finetune.start_head(model, features, labels)
+    evaluate.start_head(model, features, labels)
     assert isinstance(model.fc_norm, nn.BatchNorm1d)
     inputs = model.fc_norm.eval()(features)
     torch.testing.assert_close(inputs.mean(dim=0), torch.zeros(96), rtol=0, atol=1e-4)
@@ -257,7 +264,7 @@ def test_accuracy_counts_every_image_once(judged):
     with torch.no_grad():
         guesses = model.eval()(data.normalize(torch.stack(imgs))).argmax(dim=1)
     for micro in (1, 2, 4, 7, 15, 100):
-        result = finetune.evaluate(model, dataset, HERE, micro, 0)
+        result = judge(model, dataset, micro)
         assert result["images"] == 15 and result["top5"] == 100  # there are but three classes
         assert result["top1"] == pytest.approx(100 * (guesses == labels).float().mean().item())
         confusion = torch.tensor(result["confusion"])
@@ -272,12 +279,12 @@ def test_accuracy_counts_every_image_once(judged):
 def test_processes_share_the_images_out(judged, world, monkeypatch):
     """15 images over 2, 3 or 4 processes, counts added up as the all-reduce would: the same integers."""
     model, dataset = judged
-    whole = finetune.evaluate(model, dataset, HERE, 4, 0)["confusion"]
+    whole = judge(model, dataset)["confusion"]
     counts = []
-    monkeypatch.setattr(finetune.dist, "broadcast", lambda tensor, source: None)
-    monkeypatch.setattr(finetune.dist, "all_reduce", lambda tensor: counts.append(tensor.clone()))
+    monkeypatch.setattr(evaluate.dist, "broadcast", lambda tensor, source: None)
+    monkeypatch.setattr(evaluate.dist, "all_reduce", lambda tensor: counts.append(tensor.clone()))
     for rank in range(world):
-        finetune.evaluate(model, dataset, types.SimpleNamespace(**{**vars(HERE), "rank": rank, "world": world}), 4, 0)
+        judge(model, dataset, rank=rank, world=world)
     assert sum(counts)[:-1].view(3, 3).tolist() == whole and sum(counts)[-1] == 15
 
 
@@ -290,7 +297,7 @@ def test_top5_by_hand(judged, monkeypatch):
 
     batches = [(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), ranks, torch.arange(6))]
     monkeypatch.setattr(data, "loader", lambda *a: iter(batches))
-    result = finetune.evaluate(Fixed(), Sized(types.SimpleNamespace(classes=list("abcdefg")), 6), HERE, 6, 0)
+    result = judge(Fixed(), Sized(types.SimpleNamespace(classes=list("abcdefg")), 6), 6)
     assert result["top1"] == pytest.approx(100 * 2 / 6) and result["top5"] == pytest.approx(100 * 4 / 6)
     assert result["confusion"][5] == [1, 0, 0, 0, 0, 0, 0]
 
