@@ -81,7 +81,7 @@ def drop_path(branch, noise, rate):
     if noise is None or rate == 0.0:
         return branch
     keep = (noise >= rate).to(branch.dtype) / (1.0 - rate)
-    return branch * keep.view(-1, 1, 1)
+    return branch * keep.view(-1, *[1] * (branch.dim() - 1))
 
 
 def patchify(imgs, p):
@@ -101,6 +101,11 @@ def unpatchify(patches, p, grid):
 def patch_statistics(patches):
     """Mean and std of every patch over all its values, each (B, N, 1); variance unbiased, as in MAE's released code."""
     return patches.mean(dim=2, keepdim=True), (patches.var(dim=2, keepdim=True) + 1e-6).sqrt()
+
+
+def as_map(x, grid):
+    """Tokens (B, h*w, D) in raster order -> map (B, D, h, w)."""
+    return x.transpose(1, 2).unflatten(2, tuple(grid))  # (B, D, h, w)
 
 
 class PatchEmbed(nn.Module):
@@ -123,6 +128,22 @@ class PatchEmbed(nn.Module):
         patches = imgs.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p)
         patches = patches.reshape(B, -1, C * p * p)  # (B, N, C*p*p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
+
+
+class OverlapEmbed(nn.Module):
+    """Overlapping patches, convolved and normalised (PVTv2): images (B, C, H, W), or with `grid` the tokens (B, h*w, C)
+    of a map, -> (B, N, D), sides divided by `stride` and rounded up. ValueError if the channels are others."""
+
+    def __init__(self, in_chans, width, size, stride):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, width, size, stride, padding=size // 2)
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+
+    def forward(self, x, grid=None):
+        x = x if grid is None else as_map(x, grid)  # (B, C, h, w)
+        if x.shape[1] != self.proj.in_channels:
+            raise ValueError(f"expected {self.proj.in_channels} channels, not {x.shape[1]}")
+        return self.norm(self.proj(x).flatten(2).transpose(1, 2))  # (B, N, D)
 
 
 def raster(grid, device=None):
@@ -181,26 +202,82 @@ class Attention(nn.Module):
         return maps @ v
 
 
+class PooledAttention(Attention):
+    """Attention whose keys and values are `reduction` x `reduction` averages of the map, normalised after a linear
+    layer; that layer is there for a reduction of 1, too (UM-MAE's PVT, in its released code)."""
+
+    def __init__(self, width, num_heads, reduction):
+        super().__init__(width, num_heads)
+        del self.qkv  # of Attention: here, queries come from other tokens than keys and values
+        self.reduction = reduction
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.sr = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def reduce(self, x, grid):
+        """(B, h*w, D) -> (B, N', D), N' = h*w / reduction^2."""
+        if self.reduction > 1:
+            x = F.avg_pool2d(as_map(x, grid), self.reduction, ceil_mode=True).flatten(2).transpose(1, 2)  # (B, N', D)
+        return self.norm(self.sr(x))
+
+    def forward(self, x, grid):
+        B, N, D = x.shape
+        q = self.q(x).view(B, N, self.num_heads, -1).transpose(1, 2)  # (B, heads, N, D/heads)
+        kv = self.kv(self.reduce(x, grid)).view(B, -1, 2, self.num_heads, D // self.num_heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, N', D/heads)
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(B, N, D))  # (B, N, D)
+
+
+class ConvAttention(PooledAttention):
+    """The same with a convolution of that stride for the average and the linear layer; for a reduction of 1, keys and
+    values are the tokens themselves (PVTv2)."""
+
+    def __init__(self, width, num_heads, reduction):
+        super().__init__(width, num_heads, reduction)
+        self.sr = nn.Conv2d(width, width, reduction, reduction) if reduction > 1 else None
+        self.norm = nn.LayerNorm(width, eps=1e-5) if reduction > 1 else None
+
+    def reduce(self, x, grid):
+        if self.reduction == 1:
+            return x
+        # DIFF: where its stride does not divide a map, PVTv2's released code cuts the rest off; here zeros complete it.
+        bottom, right = (-n % self.reduction for n in grid)
+        x = self.sr(F.pad(as_map(x, grid), (0, right, 0, bottom)))  # (B, D, h / reduction, w / reduction)
+        return self.norm(x.flatten(2).transpose(1, 2))  # (B, N', D)
+
+
 class Mlp(nn.Module):
     def __init__(self, width, hidden):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x):
+    def forward(self, x, *context):
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class ConvMlp(Mlp):
+    """The same with a depthwise 3x3 convolution over the map before the activation (PVTv2)."""
+
+    def __init__(self, width, hidden):
+        super().__init__(width, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+
+    def forward(self, x, grid):
+        x = self.dwconv(as_map(self.fc1(x), grid)).flatten(2).transpose(1, 2)  # (B, h*w, hidden)
+        return self.fc2(F.gelu(x))
 
 
 class Block(nn.Module):
     """Pre-norm Transformer block. `noise` (B, 2): one draw per sample and branch for stochastic depth. `context` goes
-    to the attention. `layer_scale`: start of a learned factor on each branch (Touvron et al., 2021), 0 for none."""
+    to both branches. `layer_scale`: start of a learned factor on each branch (Touvron et al., 2021), 0 for none."""
 
-    def __init__(self, width, attn, mlp_ratio=4.0, drop_path_rate=0.0, layer_scale=0.0, eps=1e-6):
+    def __init__(self, width, attn, mlp_ratio=4.0, drop_path_rate=0.0, layer_scale=0.0, eps=1e-6, mlp=Mlp):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = mlp(width, int(width * mlp_ratio))
         self.drop_path_rate = drop_path_rate
         for name in ("gamma_1", "gamma_2"):
             self.register_parameter(name, nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None)
@@ -209,7 +286,7 @@ class Block(nn.Module):
         noise = (None, None) if noise is None else noise.unbind(dim=1)  # 2 x (B,)
         branch = self.attn(self.norm1(x), *context)
         x = x + drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch, noise[0], self.drop_path_rate)
-        branch = self.mlp(self.norm2(x))
+        branch = self.mlp(self.norm2(x), *context)
         return x + drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch, noise[1], self.drop_path_rate)
 
 

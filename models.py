@@ -11,6 +11,7 @@ where they come from:
     encoder.grid, stride, embed_width  of the tokens: rows and columns, pixels, channels
     encoder.out_stride, width          of the latent: pixels, channels
     encoder.num_layers, num_prefix, layer_id(name), checkpointing, arch
+    encoder.patchwise                  does a token show its own patch and nothing else? Then a method may replace it
 
 `num_prefix` class tokens stand in front of a latent's patches (ViT: 1, pyramids: 0). `arch` is plain data: the first
 arguments of `build` and its `options`, which make the same encoder again, and sizes to compare. Parameter names are
@@ -28,8 +29,14 @@ import torch.nn.functional as F
 from layers import (  # Decoder, patchify, unpatchify, ...: method files use them as models.*
     Attention,
     Block,
+    ConvAttention,
+    ConvMlp,
     Decoder,  # noqa: F401
+    Mlp,
+    OverlapEmbed,
     PatchEmbed,
+    PooledAttention,
+    as_map,
     bias_of,
     check_sizes,
     init_normal,
@@ -59,20 +66,20 @@ SWIN = {"swin_tiny": (32, (1, 1, 2, 1), (2, 2, 4, 4), 32), "swin_t": (96, (2, 2,
 PVT = {"pvt_tiny": ((32, 64, 128, 256), (1, 1, 2, 1), (1, 2, 4, 8), (4, 4, 4, 4)),
        "pvt_s": ((64, 128, 320, 512), (3, 4, 6, 3), (1, 2, 5, 8), (8, 8, 4, 4))}
 
+# the same of PVTv2. B2, B5: Wang et al., 2022; tiny: ours
+PVT2 = {"pvtv2_tiny": ((32, 64, 128, 256), (1, 1, 2, 1), (1, 2, 4, 8), (4, 4, 4, 4)),
+        "pvtv2_b2": ((64, 128, 320, 512), (3, 4, 6, 3), (1, 2, 5, 8), (8, 8, 4, 4)),
+        "pvtv2_b5": ((64, 128, 320, 512), (3, 6, 40, 3), (1, 2, 5, 8), (4, 4, 4, 4))}
+
 
 def build(model, img_size, patch_size=0, in_chans=3, **options):
     """The encoder called `model` (such as "vit_b"). `patch_size` 0 is 16 for a ViT and 4, which is all there is, for a
     pyramid. `options` as the class takes them. ValueError for an unknown name or sizes that do not fit together."""
-    for kind, sizes in (ViT, VIT), (Swin, SWIN), (PyramidViT, PVT):
+    for kind, sizes in (ViT, VIT), (Swin, SWIN), (PyramidViT, PVT), (PyramidViT2, PVT2):
         if model in sizes:
             patch_size = patch_size or (16 if kind is ViT else 4)
             return kind(model, img_size, patch_size, in_chans, *sizes[model], **options)
-    raise ValueError(f"unknown --model {model!r}; there are {', '.join([*VIT, *SWIN, *PVT])}")
-
-
-def as_map(x, grid):
-    """Tokens (B, h*w, D) in raster order -> map (B, D, h, w)."""
-    return x.transpose(1, 2).unflatten(2, tuple(grid))  # (B, D, h, w)
+    raise ValueError(f"unknown --model {model!r}; there are {', '.join([*VIT, *SWIN, *PVT, *PVT2])}")
 
 
 def one_map(encoder, imgs, noise=None):
@@ -92,7 +99,7 @@ class ViT(nn.Module):
     `drop_path` grows linearly from 0 at the first block. ValueError if the sizes do not fit together.
     """
 
-    num_prefix = 1
+    num_prefix, patchwise = 1, True
     maps = one_map
 
     def __init__(self, model, img_size, patch_size, in_chans, width, depth, num_heads,
@@ -242,29 +249,6 @@ class WindowAttention(Attention):
         return windows.join(self.proj(x))  # (B, h*w, D)
 
 
-class PooledAttention(Attention):
-    """Attention whose keys and values are `reduction` x `reduction` averages of the map, normalised after a linear
-    layer; that layer is there for a reduction of 1, too (UM-MAE's PVT, in its released code)."""
-
-    def __init__(self, width, num_heads, reduction):
-        super().__init__(width, num_heads)
-        del self.qkv  # of Attention: here, queries come from other tokens than keys and values
-        self.reduction = reduction
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.sr = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, x, grid):
-        B, N, D = x.shape
-        q = self.q(x).view(B, N, self.num_heads, -1).transpose(1, 2)  # (B, heads, N, D/heads)
-        if self.reduction > 1:
-            x = x.transpose(1, 2).view(B, D, *grid)  # (B, D, h, w)
-            x = F.avg_pool2d(x, self.reduction, ceil_mode=True).flatten(2).transpose(1, 2)  # (B, N / reduction^2, D)
-        kv = self.kv(self.norm(self.sr(x))).view(B, -1, 2, self.num_heads, D // self.num_heads)
-        k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, N / reduction^2, D/heads)
-        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(B, N, D))  # (B, N, D)
-
-
 def even_map(x, grid):
     """(B, h*w, D) -> (B, h, w, D), with a row or column of zeros at the end if that makes the side even."""
     h, w = grid
@@ -298,18 +282,21 @@ class ConvMerging(PatchEmbed):
 
 
 class Pyramid(nn.Module):
-    """What Swin and PVT share: patches of 4 px; four stages of blocks; between them, a merging that halves the map.
+    """What Swin, PVT and PVTv2 share: a token for 4 px; four stages of blocks; between them, a merging that halves the
+    map.
 
     `attention(stage, block)` makes the attention of a block; `mergings` are the three modules between stages. Images
     need sides divisible by 4; where a map's side is odd, zeros make it even. ValueError if sizes do not fit together.
     """
 
-    num_prefix, stride, out_stride = 0, 4, 32
+    num_prefix, stride, out_stride, patchwise = 0, 4, 32, True
     merging_ahead = 0  # for layer decay, a merging counts as part of the block behind it (0) or ahead of it (1)
+    list_name, merging_in = "layers", 0  # timm's name for the list of stages; has a stage the merging behind it (0), or
+    # the one in front of it (1)
 
     def __init__(self, model, img_size, patch_size, in_chans, widths, depths, num_heads, options, *,
-                 attention, mergings, patch_norm=None, mlp_ratios=(4, 4, 4, 4), learn_positions=None, drop_path=0.0,
-                 eps=1e-6):
+                 attention, mergings, patch_norm=None, patch_embed=None, mlp_ratios=(4, 4, 4, 4), mlp=Mlp,
+                 learn_positions=None, drop_path=0.0, eps=1e-6):
         super().__init__()
         if patch_size != 4:
             raise ValueError(f"--patch_size of {model} must be 4, or 0 for its default, not {patch_size}")
@@ -318,15 +305,16 @@ class Pyramid(nn.Module):
                      "width": list(widths), "depth": list(depths), "num_heads": list(num_heads), "options": options}
         self.grid, self.depths, self.num_layers = (img_size[0] // 4, img_size[1] // 4), depths, sum(depths)
         self.embed_width, self.width, self.checkpointing = widths[0], widths[-1], False
-        self.patch_embed = PatchEmbed(4, in_chans, widths[0], patch_norm)
+        self.patch_embed = patch_embed or PatchEmbed(4, in_chans, widths[0], patch_norm)
         table = None if learn_positions is None else sincos_positions(self.grid, widths[0], num_prefix=0)
         register_positions(self, table, learn_positions)
         rates = iter([drop_path * i / max(1, self.num_layers - 1) for i in range(self.num_layers)])
-        self.layers = nn.ModuleList(nn.ModuleDict({"blocks": nn.ModuleList(
-            Block(widths[s], attention(s, i), mlp_ratios[s], next(rates), eps=eps) for i in range(depths[s]))})
+        stages = nn.ModuleList(nn.ModuleDict({"blocks": nn.ModuleList(
+            Block(widths[s], attention(s, i), mlp_ratios[s], next(rates), eps=eps, mlp=mlp) for i in range(depths[s]))})
             for s in range(4))
-        for layer, merging in zip(self.layers[:3], mergings, strict=True):
-            layer["downsample"] = merging
+        for stage, merging in zip(stages[self.merging_in :][:3], mergings, strict=True):
+            stage["downsample"] = merging
+        self.add_module(self.list_name, stages)
         self.norm = nn.LayerNorm(widths[-1], eps=eps)
 
     def init_like_um_mae(self):
@@ -348,14 +336,14 @@ class Pyramid(nn.Module):
         coords (B, h*w, 2): integer (row, column) of each token on the full grid, None if they are the map's own.
         `noise` (B, 2 * num_layers) uniform in [0, 1) for stochastic depth. ValueError if tokens and map do not match.
         """
-        return self.norm(self.stages(tokens, coords, grid, noise)[-1][0])
+        return self.norm(self.run_stages(tokens, coords, grid, noise)[-1][0])
 
     def maps(self, imgs, noise=None):
         """(B, C, H, W) -> maps of the four stages, (B, D, h, w) to (B, D', h/8, w/8), the last one normalised."""
-        *first, (x, grid) = self.stages(self.embed(imgs), noise=noise)
+        *first, (x, grid) = self.run_stages(self.embed(imgs), noise=noise)
         return [as_map(*stage) for stage in [*first, (self.norm(x), grid)]]
 
-    def stages(self, tokens, coords=None, grid=None, noise=None):
+    def run_stages(self, tokens, coords=None, grid=None, noise=None):
         """Arguments as of `encode` -> what comes out of the blocks of each stage: [(x (B, h*w, D), its map (h, w))]."""
         grid = self.grid if grid is None else tuple(grid)
         if tokens.shape[1] != grid[0] * grid[1] or grid[0] > self.grid[0] or grid[1] > self.grid[1]:
@@ -366,12 +354,15 @@ class Pyramid(nn.Module):
         x, first, out = tokens, 0, []
         if self.pos_embed is not None:
             x = x + positions_at(self.pos_embed, coords, self.grid)
-        for stage, layer in enumerate(self.layers):
+        stages = self.get_submodule(self.list_name)
+        mergings = [layer["downsample"] for layer in stages if "downsample" in layer]
+        for stage, layer in enumerate(stages):
             draws = None if noise is None else noise[:, 2 * first : 2 * (first + self.depths[stage])]
             x = run_blocks(layer["blocks"], x, draws, self.checkpointing, self.context(stage, grid, coords, x))
+            x = layer["norm"](x) if "norm" in layer else x
             out.append((x, grid))
-            if "downsample" in layer:
-                x = layer["downsample"](x, grid)  # (B, h/2 * w/2, D')
+            if stage < 3:
+                x = mergings[stage](x, grid)  # (B, h/2 * w/2, D')
                 if coords is not None:  # a merged token lies where its top-left one lay
                     coords = coords.view(len(coords), *grid, 2)[:, ::2, ::2].flatten(1, 2)  # (B, h/2 * w/2, 2)
                 grid = tuple((n + 1) // 2 for n in grid)
@@ -388,7 +379,7 @@ class Pyramid(nn.Module):
     def layer_id(self, name):
         """Depth of a parameter for layer-wise lr decay: 0 for what comes before the blocks, i + 1 in block i of all
         blocks, then num_layers + 1."""
-        if not name.startswith("layers."):
+        if not name.startswith(self.list_name + "."):
             return 0 if name.startswith(("pos_embed", "patch_embed")) else self.num_layers + 1
         stage, part, block = name.split(".")[1:4]
         before = sum(self.depths[: int(stage)])
@@ -462,3 +453,33 @@ class PyramidViT(Pyramid):
             mlp_ratios=mlp_ratios, learn_positions=learn_positions, drop_path=drop_path)
         self.merging_ahead = 1
         self.init_like_um_mae()
+
+
+class PyramidViT2(Pyramid):
+    """PVTv2 (Wang et al., 2022) as FastMIM has it: patches overlap, keys and values are convolved, and so is the MLP.
+    It has no positions, which `learn_positions` could make learnable. Any sides divisible by 4. The norm behind the
+    last stage is `norm`, as in all encoders (timm: stages.3.norm)."""
+
+    list_name, merging_in = "stages", 1
+    patchwise = False
+
+    def __init__(self, model, img_size, patch_size, in_chans, widths, depths, num_heads, mlp_ratios,
+                 learn_positions=False, drop_path=0.0):
+        super().__init__(
+            model, img_size, patch_size, in_chans, widths, depths, num_heads, {},
+            attention=lambda s, i: ConvAttention(widths[s], num_heads[s], 8 >> s),
+            mergings=[OverlapEmbed(*pair, 3, 2) for pair in itertools.pairwise(widths)],
+            patch_embed=OverlapEmbed(in_chans, widths[0], 7, 4), mlp_ratios=mlp_ratios, mlp=ConvMlp,
+            drop_path=drop_path)
+        for stage, width in zip(self.stages[:3], widths, strict=False):
+            stage["norm"] = nn.LayerNorm(width, eps=1e-6)
+        self.apply(init_normal)
+        for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
+            nn.init.normal_(conv.weight, std=math.sqrt(2 / (conv.weight[:, 0].numel() / conv.groups)))  # 2 / fan_out
+            nn.init.zeros_(conv.bias)
+
+    def layer_id(self, name):
+        """As of other pyramids, but a merging counts as part of the last block of the stage before (FastMIM)."""
+        if ".downsample." in name:
+            return sum(self.depths[: int(name.split(".")[1])])
+        return super().layer_id(name)

@@ -32,7 +32,7 @@ import models
 @dataclass
 class Config(engine.RunConfig):
     """Pre-training of Swin-B for 800 epochs (SimMIM's released recipe)."""
-    model: str = "swin_b"  # a ViT, swin_{tiny,t,b,l}, pvt_{tiny,s}
+    model: str = "swin_b"  # a ViT, swin_{tiny,t,b,l}, pvt_{tiny,s}, torchvision:swin_v2_{t,s,b} (windows of 8)
     patch_size: int = 0  # pixels; 0 is 16 for a ViT and 4 for a pyramid
     window: int = 6  # side of Swin's windows in tokens
     bias: str = "table"  # of Swin's positions: table, or continuous as UM-MAE's Swin has it
@@ -78,6 +78,9 @@ class SimMIM(nn.Module):
             options |= {"positions": cfg.positions, "layer_scale": cfg.layer_scale}
         self.encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, **options)
         self.encoder.checkpointing = cfg.activation_checkpointing
+        if not self.encoder.patchwise:
+            raise ValueError(f"--model {cfg.model} has no tokens that stand for one patch each, to put mask tokens in "
+                             "their place; it takes a method that masks pixels")
         unit, stride, out = cfg.mask_unit, self.encoder.stride, self.encoder.out_stride
         if unit < 1 or unit % stride:
             raise ValueError(f"--mask_unit {unit} must be divisible by {stride}, the patches of {cfg.model}")

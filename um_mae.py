@@ -108,6 +108,9 @@ class UMMAE(nn.Module):
                              f"{cfg.sampling} and {cfg.target}")
         if not 0 <= cfg.secondary_ratio < 1:
             raise ValueError(f"--secondary_ratio must lie in [0, 1), not {cfg.secondary_ratio}")
+        if cfg.model.startswith(("pvtv2", "torchvision:")):
+            raise ValueError(f"--model {cfg.model} looks across the borders of units, which are no neighbours in a "
+                             "compact image; UM-MAE takes a ViT, swin_* or pvt_*")
         self.cfg, full, half = cfg, {}, {}  # options of the encoder on the full map, and here, on the compact one
         if cfg.model.startswith("swin"):
             full, half = ({"bias": "continuous", "window": max(1, cfg.window // n)} for n in (1, 2))
