@@ -306,25 +306,26 @@ class Decoder(nn.Module):
     """The small Transformer that MAE-like methods paint with (MAE, 3 and A.1): `embed` projects what the encoder saw,
     the method puts mask tokens in between, and calling the decoder on the whole grid predicts a vector per patch.
 
-    in_width: channels of the latent; out_width: values per patch; grid (h, w); `num_prefix` class tokens in front; with
-    `up`, a latent token is projected to up x up tokens, which the method unfolds.
-    ValueError if depth, width and heads do not fit together.
+    in_width: channels of the latent; out_width: values per patch; grid (h, w), None for a decoder without positions;
+    `num_prefix` class tokens in front; with `up`, a latent token is projected to up x up tokens, which the method
+    unfolds. ValueError if depth, width and heads do not fit together.
     """
 
-    def __init__(self, in_width, out_width, grid, width, depth, num_heads, num_prefix=1, up=1):
+    def __init__(self, in_width, out_width, grid, width, depth, num_heads, num_prefix=1, up=1, eps=1e-6):
         super().__init__()
         if depth < 1 or num_heads < 1 or width < 1 or width % num_heads:
             raise ValueError("--decoder_depth must be 1 or more and --decoder_heads divide --decoder_width, "
                              f"not {depth}, {num_heads} and {width}")
         self.num_prefix, self.checkpointing = num_prefix, False
         self.embed = nn.Linear(in_width, up * up * width)
-        self.register_buffer("pos_embed", sincos_positions(grid, width, num_prefix))
-        self.blocks = nn.ModuleList(Block(width, Attention(width, num_heads)) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.register_buffer("pos_embed", None if grid is None else sincos_positions(grid, width, num_prefix))
+        self.blocks = nn.ModuleList(Block(width, Attention(width, num_heads), eps=eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
         self.pred = nn.Linear(width, out_width)
         self.apply(init_weights)
 
     def forward(self, x):
         """Embedded tokens of the whole grid (B, num_prefix + N, width), raster order -> (B, N, out_width)."""
-        x = run_blocks(self.blocks, x + self.pos_embed, checkpointing=self.checkpointing)
+        x = x if self.pos_embed is None else x + self.pos_embed
+        x = run_blocks(self.blocks, x, checkpointing=self.checkpointing)
         return self.pred(self.norm(x)[:, self.num_prefix :])  # (B, N, out_width)

@@ -17,6 +17,7 @@ import torchvision
 import checkpoint
 import data
 import engine
+import fastmim
 import finetune
 import mae
 import models
@@ -242,6 +243,39 @@ def test_simmim(name, small):
         return own["mask_token" if name.endswith("mask_token") else name.replace("decoder.0", "head")].grad
 
     check_norms(arrays, gradient_of)
+
+
+def test_hog():
+    arrays, imgs, _ = published("hog")
+    check_tensor(fastmim.hog(imgs, 8), arrays["hog"])
+
+
+@pytest.mark.parametrize("name,target", [("fastmim_vit_hog", "hog"), ("fastmim_vit_l2", "norm_pixels"),
+                                         ("fastmim_swin_hog", "hog")])
+def test_fastmim(name, target, small):
+    arrays, imgs, theirs = published(name)
+    model = fastmim.FastMIM(fastmim.Config(model=name.split("_")[1] + "_golden", img_size=tuple(imgs.shape[2:]),
+                                           target=target, decoder_depth=1, decoder_width=32))
+    checkpoint.load_exactly(model, {fastmim_name(k): v for k, v in theirs.items() if fastmim_name(k)}, name)
+    noise = torch.from_numpy(arrays["noise"])
+    mask = model.mask(noise)
+    assert mask.sum(dim=1).tolist() == [12, 12]
+    check_tensor(model.decode(model.encode(model.embed(imgs, mask))), arrays["pred"])
+    loss = model(imgs, noise)
+    assert loss.item() == pytest.approx(float(arrays["loss"]), rel=1e-5)
+    loss.backward()
+    own = dict(model.named_parameters())
+    assert len(own) == len([k for k in arrays if k.startswith("gradnorm/")])
+    check_norms(arrays, lambda name: own[fastmim_name(name)].grad)
+
+
+def fastmim_name(name):
+    """A name in FastMIM's code -> ours; None for what we compute from sizes. A ViT's encoder has no prefix there."""
+    if name.endswith(("relative_position_index", "attn_mask")):
+        return None
+    if decoder := parity.decoder_name(name):
+        return f"decoder.{decoder}"
+    return name if name.startswith(("encoder.", "mask_token")) else f"encoder.{name}"
 
 
 @pytest.mark.parametrize("name", ["finetune_um_swin", "finetune_um_pvt"])

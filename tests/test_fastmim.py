@@ -1,0 +1,321 @@
+"""fastmim.py: what is hidden, what the loss sees, the HOG target, whole runs, and that any backbone will do."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, equal, flags, log_of
+
+import data
+import fastmim
+import finetune
+
+KINDS = {"vit": {"model": "vit_tiny", "patch_size": 16}, "vit 4 px": {"model": "vit_tiny", "patch_size": 4},
+         "swin": {"model": "swin_tiny"}, "swin 16 px": {"model": "swin_tiny", "mask_unit": 16},
+         "pvt": {"model": "pvt_tiny", "target": "norm_pixels"}, "pvtv2": {"model": "pvtv2_tiny"},
+         "linear": {"model": "vit_tiny", "patch_size": 16, "decoder_depth": 0, "mask_unit": 32, "target": "pixels"}}
+
+
+def config(kind="vit", **options):
+    return fastmim.Config(**{"decoder_width": 32, "img_size": (64, 64), **KINDS[kind], **options})
+
+
+def build(kind="vit", seed=0, **options):
+    torch.manual_seed(seed)
+    return fastmim.FastMIM(config(kind, **options))
+
+
+def batch(model, B=3, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    shape = (B, model.cfg.in_chans, *model.cfg.img_size)
+    return torch.randn(shape, generator=draw), torch.rand(B, model.num_noise, generator=draw)
+
+
+def predict(model, imgs, noise):
+    return model.decode(model.encode(model.embed(imgs, model.mask(noise))))
+
+
+def hidden_pixels(model, noise):
+    """(B, 1, H, W) bool, by hand."""
+    h, w = (n // model.unit for n in model.cfg.img_size)
+    return torch.kron(model.mask(noise).view(-1, 1, h, w).float(), torch.ones(model.unit, model.unit)).bool()
+
+
+# The HOG target
+
+
+def hog_by_hand(img, cell):
+    """(C, H, W) -> (C * 9, H / cell, W / cell), one pixel after the other."""
+    C, H, W = img.shape
+    votes = np.zeros((C, 9, H // cell, W // cell))
+    for c, i, j in np.ndindex(C, H, W):
+        def at(y, x, c=c):  # reflected at the border, which is not repeated
+            return float(img[c, H - 1 - abs(H - 1 - abs(y)), W - 1 - abs(W - 1 - abs(x))])
+        gx = sum(weight * (at(i + k, j - 1) - at(i + k, j + 1)) for k, weight in ((-1, 1), (0, 2), (1, 1)))
+        gy = sum(weight * (at(i - 1, j + k) - at(i + 1, j + k)) for k, weight in ((-1, 1), (0, 2), (1, 1)))
+        angle = math.atan2(gx, gy) % math.pi
+        votes[c, min(8, int(9 * angle / math.pi)), i // cell, j // cell] += math.hypot(gx, gy)
+    norms = np.sqrt((votes**2).sum(axis=1, keepdims=True))
+    return (votes / np.maximum(norms, 1e-12)).reshape(C * 9, H // cell, W // cell)
+
+
+@pytest.mark.parametrize("shape,cell", [((3, 24, 40), 8), ((1, 21, 9), 3), ((4, 10, 25), 5), ((3, 6, 4), 2)], ids=str)
+def test_hog_by_its_definition(shape, cell):
+    img = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = fastmim.hog(img[None], cell)
+    np.testing.assert_allclose(found[0], hog_by_hand(img.numpy(), cell), rtol=1e-4, atol=1e-4)
+    assert found.dtype == torch.float32 and torch.equal(fastmim.hog(torch.stack([img, -img]), cell)[1], found[0])
+
+
+def test_hog_says_where_edges_run():
+    """Of a flat image nothing; of one edge all in one bin, whatever its strength; bins turn with the edge."""
+    assert fastmim.hog(torch.full((1, 3, 16, 16), 5.0), 8).abs().max() == 0
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    for k in range(9):
+        angle = (k + 0.5) * math.pi / 9  # of the gradient, from the vertical
+        ramp = x * math.sin(angle) + y * math.cos(angle)
+        cells = fastmim.hog(torch.stack([ramp, -7 * ramp, ramp.flip(0)])[None], 8)[0].unflatten(0, (3, 9))[:, :, 1, 1]
+        assert cells.argmax(dim=1).tolist() == [k, k, 8 - k] and torch.allclose(cells.amax(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("target", ["hog", "norm_pixels"])
+def test_targets_are_the_same_under_autocast(target):
+    model = build(target=target, in_chans=4)
+    imgs, _ = batch(model)
+    exact = model.target(imgs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert exact.dtype == torch.float32 and torch.equal(model.target(imgs), exact)
+
+
+@pytest.mark.parametrize("kind,C", [("vit", 3), ("swin", 1), ("vit 4 px", 4)])
+def test_a_token_holds_its_own_cells(kind, C):
+    """Bins vary slowest and cells fastest; small tokens get small cells."""
+    model = build(kind, in_chans=C, img_size=(64, 96))
+    imgs, _ = batch(model)
+    side = model.encoder.out_stride
+    cell = {32: 8, 16: 8, 4: 2}[side]
+    r, maps = side // cell, fastmim.hog(imgs, cell)
+    target = model.target(imgs)
+    assert model.cell == cell and target.shape == (3, 64 * 96 // side**2, 9 * C * r * r)
+    for n in (0, 1, 96 // side, target.shape[1] - 1):
+        i, j = n // (96 // side) * r, n % (96 // side) * r
+        assert torch.equal(target[:, n], maps[:, :, i : i + r, j : j + r].flatten(1))
+
+
+def test_glyphs_run_along_the_edges():
+    """A vertical edge is drawn as a vertical stroke, and a weak one darker than a strong one."""
+    img = torch.zeros(1, 1, 16, 16)
+    img[..., 4:] = 1.0
+    drawn = fastmim.glyphs(fastmim.hog(img, 8))[0, 0]
+    stroke = drawn[:15, :15]
+    assert drawn.shape == (30, 30) and stroke[:, 7].mean() > 0.8 > 0.2 > stroke[7].mean()
+    assert drawn[:15, 15:].max() == 0 and 0 <= drawn.min() and drawn.max() <= 1
+    assert torch.allclose(fastmim.glyphs(0.5 * fastmim.hog(img, 8))[0, 0], 0.5 * drawn)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("U,ratio,kept", [(64, 0.75, 16), (16, 0.75, 4), (100, 0.9, 10), (10, 0.7, 3), (9, 0.75, 2),
+                                          (16, 0.0, 16), (49, 0.6, 19)])
+def test_the_floor_of_the_units_stays_visible(U, ratio, kept):
+    """Of the ratio that was typed: 100 * (1 - 0.9) is 9.999... in floating point."""
+    model = build("vit", img_size=(16, 16 * U), mask_ratio=ratio)
+    assert model.num_noise == U and model.mask(torch.rand(2, U)).sum(dim=1).tolist() == [U - kept] * 2
+
+
+def test_the_unit_is_the_stride_of_the_latent_unless_told_otherwise():
+    for kind, units in (("vit", (8, 8)), ("swin", (4, 4)), ("pvt", (4, 4)), ("swin 16 px", (8, 8)), ("linear", (4, 4))):
+        assert build(kind, img_size=(128, 128)).units == units
+
+
+def test_masks_are_pure_and_hide_every_unit_equally_often():
+    model = build("vit")
+    noise = torch.rand(4000, 16)
+    before, mask = noise.clone(), model.mask(noise)
+    assert mask.dtype == torch.bool and torch.equal(noise, before)
+    assert torch.equal(torch.cat([model.mask(row) for row in noise.split(1000)]), mask)
+    assert (mask.float().mean(dim=0) - 0.75).abs().max() < 0.041  # 6 deviations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_pixels_are_in_the_loss_and_nowhere_else(kind):
+    """The encoder sees one colour where something is hidden. No loss on what is visible, whatever the unit."""
+    model = build(kind, img_size=(64, 96))
+    imgs, noise = batch(model)
+    hidden, mask = hidden_pixels(model, noise), model.mask(noise)
+    with torch.no_grad():
+        colours = torch.where(hidden, model.mask_token, imgs)
+        assert torch.equal(model.encoder.embed(colours), model.embed(imgs, mask))
+        pred, target = predict(model, imgs, noise), model.target(imgs)
+        assert torch.equal(predict(model, torch.where(hidden, torch.randn_like(imgs), imgs), noise), pred)
+        assert not torch.equal(predict(model, torch.where(hidden, imgs, torch.randn_like(imgs)), noise), pred)
+        for change in (hidden, ~hidden):
+            other = target_of_parts(model, torch.where(change, 1e3, 0.0).expand_as(imgs))
+            changed = model.loss(pred + other, target, mask) != model.loss(pred, target, mask)
+            assert changed == (change is hidden)
+
+
+def target_of_parts(model, maps):
+    """A map of pixels (B, C, H, W), constant in every cell, in the layout of a target."""
+    side, part = model.encoder.out_stride, model.part
+    if model.cfg.target != "hog":
+        return fastmim.models.patchify(maps, side)
+    cells = maps[:, :1, ::part, ::part].expand(-1, 9 * maps.shape[1], -1, -1)
+    return torch.nn.functional.pixel_unshuffle(cells, side // part).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_by_hand(kind):
+    model = build(kind)
+    imgs, noise = batch(model)
+    pred, target = predict(model, imgs, noise), model.target(imgs)
+    chosen = target_of_parts(model, hidden_pixels(model, noise).float().expand_as(imgs)).bool()
+    torch.testing.assert_close(model(imgs, noise), (pred - target).square()[chosen].mean())
+    zero, mean = target.square()[chosen].mean(), (target - target.mean(dim=(0, 1))).square()[chosen].mean()
+    assert model.prepare(imgs, noise) == pytest.approx({"zero": zero.item(), "mean": mean.item()}, abs=1e-4)
+
+
+def test_nothing_hidden_is_loss_0():
+    model = build(mask_ratio=0.0)
+    loss = model(*batch(model))
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# Sizes, gradients, precision
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size,C", [((64, 64), 3), ((64, 96), 1), ((96, 32), 4)], ids=["64x64x3", "64x96x1", "96x32x4"])
+def test_every_trainable_parameter_gets_a_gradient(kind, size, C):
+    model = build(kind, img_size=size, in_chans=C, mask_ratio=0.5)
+    imgs, noise = batch(model)
+    assert predict(model, imgs, noise).shape == model.target(imgs).shape
+    loss = model(imgs, noise)
+    loss.backward()
+    assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("size,patch", [((32, 32), 4), ((32, 32), 2), ((28, 42), 14), ((30, 50), 10)], ids=str)
+def test_small_images_and_odd_patches(size, patch):
+    model = build("vit", img_size=size, patch_size=patch, mask_ratio=0.5)
+    assert model.cell == {4: 2, 2: 1, 14: 7, 10: 5}[patch] and model(*batch(model)).isfinite()
+
+
+@pytest.mark.parametrize("kind,options,said", [
+    ("swin", {"img_size": (64, 72)}, "64x72 must be divisible by --mask_unit 32 and by 32"),
+    ("vit", {"mask_unit": 24, "img_size": (96, 96)}, "--mask_unit 24 must be a multiple of 8 that divides 16"),
+    ("vit", {"mask_unit": 4}, "--mask_unit 4 must be a multiple of 8"),
+    ("swin", {"img_size": (32, 32)}, "hides all 1 units of 32 px"), ("vit", {"mask_ratio": 0.99}, "hides all 16"),
+    ("vit", {"mask_ratio": 1.0}, "--mask_ratio"), ("vit", {"target": "edges"}, "--target"),
+    ("vit", {"patch_size": 1, "img_size": (8, 8)}, "pixels and norm_pixels take any"),
+    ("vit", {"decoder_depth": -1}, "--decoder_depth"), ("vit", {"decoder_heads": 5}, "--decoder_heads"),
+    ("swin", {"window": 0}, "--window")])
+def test_what_does_not_fit_is_refused_with_what_would(kind, options, said):
+    with pytest.raises(ValueError, match=said) as error:
+        build(kind, **options)
+    assert "\n" not in str(error.value)
+
+
+def gradients(model, imgs, noise):
+    loss = model(imgs, noise)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_activation_checkpointing_changes_nothing(kind):
+    plain, thrifty = (build(kind, activation_checkpointing=on) for on in (False, True))
+    assert equal(gradients(plain, *batch(plain)), gradients(thrifty, *batch(plain)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_autocast_keeps_the_loss_in_fp32(kind):
+    model = build(kind)
+    imgs, noise = batch(model)
+    exact = model(imgs, noise)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(imgs, noise)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.02)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_compile_captures_one_graph_and_changes_nothing(monkeypatch):
+    model = build("vit")
+    imgs, noise = batch(model)
+    exact = model(imgs, noise)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(imgs, noise), exact, rtol=1e-6, atol=1e-7)
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reconstruct(kind, monkeypatch):
+    """A model that predicts the target paints the original, or the glyphs of its HOG."""
+    model = build(kind, img_size=(64, 96))
+    original = torch.randint(0, 256, (4, 3, 64, 96), dtype=torch.uint8)
+    imgs, noise = data.normalize(original), torch.rand(4, model.num_noise)
+    monkeypatch.setattr(model, "decode", lambda latent: model.target(imgs))
+    rows = fastmim.reconstruct(model, imgs, noise)
+    hog = ["HOG"] if model.cfg.target == "hog" else []
+    assert [title.split("\n")[0] for title in rows] == ["original", "masked", *hog, "prediction", "prediction"]
+    exact, masked, *_, pred, pasted = rows.values()
+    hidden = hidden_pixels(model, noise).expand_as(imgs)
+    torch.testing.assert_close(exact, original / 255, rtol=0, atol=1e-5)
+    assert torch.equal(masked[~hidden], exact[~hidden]) and torch.allclose(pred, pasted, atol=1e-5)
+    assert all(0 <= row.min() and row.max() <= 1 for row in rows.values())
+    if hog:
+        assert torch.equal(pred, rows["HOG"]) and pred.shape == (4, 1, *(n // model.cell * 15 for n in (64, 96)))
+    else:
+        torch.testing.assert_close(pred, exact, rtol=0, atol=1e-5)
+
+
+# Whole runs
+
+
+@pytest.fixture
+def run(folder, call, tmp_path):
+    """`run(name, **changes)`: three steps of the tiny recipe on a few images, in OUT = tmp_path / name."""
+    def words(name, script=fastmim, **changes):
+        recipe = ROOT / "configs" / ("fastmim_tiny.yaml" if script is fastmim else "finetune_tiny.yaml")
+        given = {"data": folder, "batch_size": 8, "micro_batch": 4, "max_steps": 3, "log_every": 1, "device": "cpu",
+                 "labels": None if script is fastmim else 0, "out": tmp_path / name, **changes}
+        return call(script.main, ["--config", recipe, *flags(**given)])
+    return words
+
+
+@pytest.mark.parametrize("kind,changes", [
+    ("vit", {}), ("swin", {"model": "swin_tiny", "patch_size": 0, "mask_unit": 16, "target": "norm_pixels"})],
+    ids=["vit", "swin"])
+def test_a_run_and_fine_tuning(kind, changes, run, tmp_path):
+    """Three steps and a picture; a stopped and resumed run ends bit-identical; micro-batches are one batch; encoder.pt
+    trains on, at another size, too, and with the bias tables that go with it."""
+    done = run("whole", **changes)
+    assert done.code == 0 and done.err == "" and "trivial predictors" in done.out
+    assert len(list((tmp_path / "whole" / "pictures").glob("*.png"))) == 1
+    for name, more in (("parts", {"max_steps": 1}), ("parts", {"resume": True}), ("once", {"micro_batch": 8})):
+        assert run(name, **{**changes, **more}).code == 0
+    whole, parts = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert equal(whole["model"], parts["model"]) and equal(whole["optimizer"], parts["optimizer"])
+    for one, two in zip(log_of(tmp_path / "once"), log_of(tmp_path / "whole"), strict=True):
+        assert [one["loss"], one["grad_norm"]] == pytest.approx([two["loss"], two["grad_norm"]], rel=1e-5)
+
+    init = tmp_path / "whole" / "encoder.pt"
+    tuned = run("tuned", finetune, init=init, max_steps=1, head_start="random", img_size="96x64", batch_size=4,
+                window=6 if kind == "swin" else 0)
+    assert tuned.code == 0 and "loaded" in tuned.out, tuned.err
+    assert ("bias tables resized" if kind == "swin" else "positions resized") in tuned.out
+
+
+def test_a_wrong_size_is_one_line(run, tmp_path):
+    done = run("run", img_size="60x64")
+    assert done.code == 2 and "--patch_size 8 does not divide" in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
