@@ -146,7 +146,8 @@ class Images(torch.utils.data.Dataset):
                 return None, None, None, broken
             imgs.append(self.augment(image, epoch, index))
             labels.append(label)
-        return torch.stack(imgs), torch.tensor(labels), torch.tensor([position for _, _, position in batch]), broken
+        imgs = torch.utils.data.default_collate(imgs)  # stacks; of tuples, as dense_data.py has them, a list of stacks
+        return imgs, torch.tensor(labels), torch.tensor([position for _, _, position in batch]), broken
 
     def candidates(self, index):
         """An index and its substitutes. Its neighbour, as usual elsewhere, would be seen twice in every epoch of every

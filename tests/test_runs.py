@@ -560,7 +560,7 @@ def test_bad_input_under_torchrun_is_said_once(tiny, tmp_path):
 
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-GIVEN = {"finetune_tiny": ["--model", "vit_tiny", "--patch_size", "8"]}  # what --init would tell
+GIVEN = {name: ["--model", "vit_tiny", "--patch_size", "8"] for name in ("dense_tiny", "finetune_tiny")}  # else --init
 
 
 def script_of(recipe):
