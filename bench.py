@@ -10,6 +10,7 @@ main() on random uint8 images in memory; of torchvision's model forward, cross-e
 """
 
 import argparse
+import inspect
 import json
 import re
 import statistics
@@ -38,27 +39,25 @@ def labelled(cfg, net, imgs, labels, noise):
     return F.cross_entropy(net(imgs, noise).float(), targets, label_smoothing=cfg.smoothing)
 
 
-def side(px, **options):
-    """Options for images of px x px."""
-    return {"img_size": (px, px), "in_chans": 3, **options}
+def case(build, model, px, **more):
+    """What Script takes: the Config of the file in which `build` stands, its options, and `build` itself."""
+    return inspect.getmodule(build).Config, {"model": model, "img_size": (px, px), "in_chans": 3, **more}, build
 
 
-VIT_B = {"model": "vit_b", "patch_size": 16, "in_chans": 3, "img_size": (224, 224)}
-CASES = {  # name: (Config, its options, model, loss; None for the model's own)
-    "MAE ViT-B": (mae.Config, VIT_B, mae.MAE, None),
-    "MAE ViT-B, 1-block decoder": (mae.Config, VIT_B | {"decoder_depth": 1}, mae.MAE, None),
-    "MAE ViT-B, mask tokens in encoder": (mae.Config, VIT_B | {"mask_tokens_in_encoder": True}, mae.MAE, None),
-    "SimMIM ViT-B": (simmim.Config, side(224, model="vit_b"), simmim.SimMIM, None),
-    "SimMIM Swin-T": (simmim.Config, side(256, model="swin_t", window=8), simmim.SimMIM, None),
-    "SimMIM Swin-B": (simmim.Config, side(192, model="swin_b", window=6), simmim.SimMIM, None),
-    "SimMIM PVT-S": (simmim.Config, side(256, model="pvt_s"), simmim.SimMIM, None),
-    "UM-MAE Swin-T": (um_mae.Config, side(256, model="swin_t"), um_mae.UMMAE, None),
-    "UM-MAE PVT-S": (um_mae.Config, side(256, model="pvt_s"), um_mae.UMMAE, None),
-    "SimMIM Swin-T as in UM-MAE": (simmim.Config, side(256, model="swin_t", bias="continuous", window=16, mask_unit=16,
-                                                       mask_ratio=0.75), simmim.SimMIM, None),
-    "SimMIM PVT-S as in UM-MAE": (simmim.Config, side(256, model="pvt_s", mask_unit=16, mask_ratio=0.75),
-                                  simmim.SimMIM, None),
-    "fine-tuning ViT-B": (finetune.Config, VIT_B | {"mixup": 0.0, "cutmix": 0.0},
+LIKE_UM_MAE = {"mask_unit": 16, "mask_ratio": 0.75}  # the SimMIM that UM-MAE is compared with, configs/um_simmim_*.yaml
+CASES = {  # name: (Config, its options, model, and the loss, unless it is the model's own)
+    "MAE ViT-B": case(mae.MAE, "vit_b", 224),
+    "MAE ViT-B, 1-block decoder": case(mae.MAE, "vit_b", 224, decoder_depth=1),
+    "MAE ViT-B, mask tokens in encoder": case(mae.MAE, "vit_b", 224, mask_tokens_in_encoder=True),
+    "SimMIM ViT-B": case(simmim.SimMIM, "vit_b", 224),
+    "SimMIM Swin-T": case(simmim.SimMIM, "swin_t", 256, window=8),
+    "SimMIM Swin-B": case(simmim.SimMIM, "swin_b", 192, window=6),
+    "SimMIM PVT-S": case(simmim.SimMIM, "pvt_s", 256),
+    "UM-MAE Swin-T": case(um_mae.UMMAE, "swin_t", 256),
+    "UM-MAE PVT-S": case(um_mae.UMMAE, "pvt_s", 256),
+    "SimMIM Swin-T as in UM-MAE": case(simmim.SimMIM, "swin_t", 256, bias="continuous", window=16, **LIKE_UM_MAE),
+    "SimMIM PVT-S as in UM-MAE": case(simmim.SimMIM, "pvt_s", 256, **LIKE_UM_MAE),
+    "fine-tuning ViT-B": (*case(finetune.Classifier, "vit_b", 224, mixup=0.0, cutmix=0.0)[:2],
                           lambda cfg: finetune.build_classifier(cfg, None, range(1000)), labelled),
 }
 PAIRS = {  # what: [(A, B, what is published of B / A)]; a name that is no case is a model of torchvision and its px
@@ -71,36 +70,34 @@ PAIRS = {  # what: [(A, B, what is published of B / A)]; a name that is no case 
                ("UM-MAE Swin-T", "SimMIM Swin-T as in UM-MAE", "time 1.97, memory 2.8 (UM-MAE, Table 3)"),
                ("UM-MAE PVT-S", "SimMIM PVT-S as in UM-MAE", "time 1.78, memory 1.8 (UM-MAE, Table 3)")],
 }
+SQUARE = {"cpu": 1024, "cuda": 8192}  # side of the matrices whose product is the yardstick of all matrix products
 
 
 class Script:
-    """One of our scripts. `forward` and `step` are its step block, line by line, with one micro-batch."""
+    """One of our scripts. `step` is its step block, line by line, with one micro-batch."""
 
     def __init__(self, name, shared):
-        config, own, build, loss = CASES[name]
-        self.loss = loss or (lambda cfg, net, imgs, labels, noise: net(imgs, noise))
+        config, own, build, *loss = CASES[name]
+        self.loss = loss[0] if loss else lambda cfg, net, imgs, labels, noise: net(imgs, noise)
         self.cfg = cfg = config(**own, **shared)
         self.run = engine.start(cfg)
         self.model = model = build(cfg).to(self.run.device).train()
         decay = [lambda name: cfg.layer_decay ** model.depth_below(name)] if config is finetune.Config else []
         groups = engine.parameter_groups(model, cfg.weight_decay, *decay)
         self.optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
-        self.imgs = torch.randint(256, (cfg.batch_size, cfg.in_chans, *cfg.img_size), dtype=torch.uint8)  # (B, C, H, W)
+        shape = getattr(model, "input_shape", (cfg.in_chans, *cfg.img_size))  # LUT takes pairs of views
+        self.imgs = torch.randint(256, (cfg.batch_size, *shape), dtype=torch.uint8)  # (B, C, H, W)
         self.labels, self.where = torch.randint(1000, (cfg.batch_size,)), torch.arange(cfg.batch_size)  # (B,), (B,)
 
-    def forward(self, step):
-        cfg, run, net, imgs, size = self.cfg, self.run, self.model, self.imgs, self.cfg.batch_size
-        noise = engine.noise(cfg.seed, step, size, net.num_noise)
-        imgs, labels = data.normalize(imgs.to(run.device, non_blocking=True)), self.labels.to(run.device)
-        with engine.autocast(run):
-            return self.loss(cfg, net, imgs, labels, noise[self.where].to(run.device)) * (len(imgs) / size)
-
     def step(self, step, lr=1e-4):
-        cfg, run, model, optimizer = self.cfg, self.run, self.model, self.optimizer
+        cfg, run, model, optimizer, size = self.cfg, self.run, self.model, self.optimizer, self.cfg.batch_size
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        noise = engine.noise(cfg.seed, step, size, model.num_noise)
         loss = torch.zeros((), device=run.device)
-        part = self.forward(step)
+        imgs, labels = data.normalize(self.imgs.to(run.device, non_blocking=True)), self.labels.to(run.device)
+        with engine.autocast(run):
+            part = self.loss(cfg, model, imgs, labels, noise[self.where].to(run.device)) * (len(imgs) / size)
         run.scaler.scale(part * run.world).backward()
         loss += part.detach()
         run.scaler.unscale_(optimizer)
@@ -126,14 +123,16 @@ class Yardstick:
         self.imgs = torch.randn(B, 3, int(px or 224), int(px or 224), device=device)  # (B, C, H, W)
         self.labels = torch.randint(1000, (B,), device=device)  # (B,)
 
-    def forward(self, step):
-        with engine.autocast(self.run):
-            return F.cross_entropy(self.model(self.imgs).float(), self.labels)
-
     def step(self, step):
-        self.forward(step).backward()
+        with engine.autocast(self.run):
+            loss = F.cross_entropy(self.model(self.imgs).float(), self.labels)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def make(name, shared):
+    return (Script if name in CASES else Yardstick)(name, shared)
 
 
 def seconds(device, work, *inputs):
@@ -151,7 +150,7 @@ def peak_bytes(name, shared):
     resident memory. (Linux' VmHWM: getrusage's maximum would begin with that of the parent process.)"""
     def resident(key):
         return 1024 * int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-    before, side = resident("VmRSS"), (Script if name in CASES else Yardstick)(name, shared)
+    before, side = resident("VmRSS"), make(name, shared)
     for step in range(2):
         side.step(step)
     return torch.cuda.max_memory_allocated() if side.run.device.type == "cuda" else resident("VmHWM") - before
@@ -159,25 +158,26 @@ def peak_bytes(name, shared):
 
 def measure(a, b, published, shared, args):
     """One line of the table as plain data; lists of two are [of A, of B], per step of `batch` images."""
-    sides, times, flops = [(Script if name in CASES else Yardstick)(name, shared) for name in (a, b)], [[], []], []
-    device, B = sides[0].run.device, shared["batch_size"]
-    for side in sides:  # forward and backward, in matrix products alone, whatever kernel attention will run in
+    sides, times, flops = [make(name, shared) for name in (a, b)], [[], []], []
+    device = sides[0].run.device
+    for side in sides:  # of a step, in matrix products alone, whatever kernel attention will run in
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            side.forward(0).backward()
+            side.step(0)
         flops.append(counter.get_total_flops())
     for i in range(args.rounds + 1):
         for which in (i % 2, 1 - i % 2):
             times[which].append(seconds(device, sides[which].step, i))
     times = [one[1:] for one in times]  # the first round warms up
-    n = 8192 if device.type == "cuda" else 2048
+    n = SQUARE[device.type]
     square = torch.randn(n, n, device=device, dtype=sides[0].run.dtype)  # (n, n)
     rate = 2 * n**3 / statistics.median(seconds(device, torch.matmul, square, square) for _ in range(6))
-    again = [sys.executable, __file__, f"--batch={B}", f"--precision={shared['precision']}", f"--device={args.device}",
-             "--peak"]
+    again = [sys.executable, __file__, f"--memory_batch={args.memory_batch}", f"--precision={shared['precision']}",
+             f"--device={args.device}", "--peak"]
     peaks = [int(subprocess.check_output([*again, name])) for name in (a, b)]
-    return {"pair": [a, b], "published": published, "precision": shared["precision"], "batch": B, "seconds": times,
-            "ratios": [tb / ta for ta, tb in zip(*times, strict=True)], "median": [statistics.median(t) for t in times],
-            "flops": flops, "peak_bytes": peaks, "matmul_flops_per_second": rate}
+    return {"pair": [a, b], "published": published, "precision": shared["precision"], "batch": shared["batch_size"],
+            "seconds": times, "ratios": [tb / ta for ta, tb in zip(*times, strict=True)],
+            "median": [statistics.median(t) for t in times], "flops": flops, "memory_batch": args.memory_batch,
+            "peak_bytes": peaks, "matmul_flops_per_second": rate}
 
 
 def table(result):
@@ -191,7 +191,7 @@ def table(result):
         work, peak = (row[key][1] / row[key][0] for key in ("flops", "peak_bytes"))
         lines.append(f"| {' | '.join(row['pair'])} | {row['precision']}, {row['batch']} | {speeds} | "
                      f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {work:.2f} | "
-                     f"{peak:.2f} | {shares} | {row['published']} |")
+                     f"{peak:.2f} (at {row.get('memory_batch', row['batch'])}) | {shares} | {row['published']} |")
     return "\n".join(lines)
 
 
@@ -200,7 +200,8 @@ def main(argv=None):
     parser.add_argument("what", nargs="?", default="yardstick", choices=PAIRS)
     parser.add_argument("--cases", default="", help="only pairs whose names contain one of these, as MAE,SimMIM")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, help="images; 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--batch", type=int, help="images; on a CPU 4, of ratios 16; on a GPU 64")
+    parser.add_argument("--memory_batch", type=int, help="images where memory is measured; on a CPU 16, on a GPU 64")
     parser.add_argument("--precision", default="both", choices=["fp32", "bf16", "both"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="result file; results/bench_<what>_<device>.json")
@@ -210,7 +211,9 @@ def main(argv=None):
     if args.table:
         return print(table(json.loads(args.table.read_text())))
     torch.set_num_threads(1)  # its processor time is what a busy machine disturbs least
-    batch = args.batch or (64 if args.device == "cuda" else 4)
+    many = 64 if args.device == "cuda" else 16  # so that images outweigh what the optimizer does and keeps
+    args.memory_batch = args.memory_batch or many
+    batch = args.memory_batch if args.peak else args.batch or (4 if many == 16 and args.what == "yardstick" else many)
     shared = {"batch_size": batch, "micro_batch": batch, "precision": args.precision, "device": args.device}
     if args.peak:
         return print(peak_bytes(args.peak, shared))

@@ -21,12 +21,13 @@ MAE_TINY = TINY | {"decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
 @pytest.fixture
 def tiny(monkeypatch):
     """Two tiny cases and pairs of them; no fresh process, which would not know them, measures their peak."""
-    cases = {"tiny MAE": (mae.Config, MAE_TINY, mae.MAE, None),
-             "tiny MAE, mask tokens": (mae.Config, MAE_TINY | {"mask_tokens_in_encoder": True}, mae.MAE, None),
+    cases = {"tiny MAE": (mae.Config, MAE_TINY, mae.MAE),
+             "tiny MAE, mask tokens": (mae.Config, MAE_TINY | {"mask_tokens_in_encoder": True}, mae.MAE),
              "tiny fine-tuning": (finetune.Config, TINY | {"mixup": 0.0, "cutmix": 0.0}, *FINETUNE)}
     monkeypatch.setattr(bench, "CASES", cases)
     monkeypatch.setattr(bench, "PAIRS", {"yardstick": [("tiny fine-tuning", "squeezenet1_1", "")],
                                          "ratios": [("tiny MAE", "tiny MAE, mask tokens", "2.8x")]})
+    monkeypatch.setattr(bench, "SQUARE", {"cpu": 64})
     monkeypatch.setattr(bench.subprocess, "check_output", lambda words: "1000000")
     threads = torch.get_num_threads()
     yield cases
@@ -88,7 +89,7 @@ def test_result_file_and_table(tiny, tmp_path, capsys, what):
         assert len(a) == len(b) == 2 and min(a + b) > 0
         assert row["ratios"] == pytest.approx([b[0] / a[0], b[1] / a[1]])
         assert f"**{sum(row['ratios']) / 2:.2f}** ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})" in printed
-        assert f"| {row['flops'][1] / row['flops'][0]:.2f} | 1.00 |" in printed
+        assert f"| {row['flops'][1] / row['flops'][0]:.2f} | 1.00 (at 16) |" in printed
     assert result["rows"][0]["flops"] == result["rows"][1]["flops"]
     if what == "ratios":
         assert result["rows"][0]["flops"][0] == 3 * FORWARD - EMBED
@@ -105,7 +106,7 @@ def test_unknown_case_is_one_line(capsys):
 
 def test_peak_comes_from_a_fresh_process():
     """At least weight, gradient and two moments of each parameter, and far less than what this process holds."""
-    words = [sys.executable, bench.__file__, "--peak", "squeezenet1_1", "--precision", "fp32", "--batch", "1"]
+    words = [sys.executable, bench.__file__, "--peak", "squeezenet1_1", "--precision", "fp32", "--memory_batch", "1"]
     done = subprocess.run([*words, "--device", "cpu"], stdout=subprocess.PIPE, text=True, check=True, cwd=Path.home())
     parameters = sum(p.numel() for p in bench.torchvision.models.squeezenet1_1().parameters())
     assert 16 * parameters < int(done.stdout) < 1e9
