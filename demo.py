@@ -4,9 +4,14 @@ For every seed it runs the commands that it prints, those that you would type: m
 without their labels, then finetune.py from that encoder and from random weights, with 200 and with 500 labels. Scratch
 also gets two and four times the budget. Everything else is equal: architecture, labels, augmentation, optimizer, and a
 learning rate that is the best of four for both on the validation images. Accuracies are on 2,000 test images.
+
+`python demo.py --what learns --seeds "0 1 2"` does the same for the other methods and backbones, at an equal budget;
+there, what is finished is not done again, and what was stopped goes on. "Scratch" starts from the weights that
+pre-training started from: those of a run that stops after its first step, in which the learning rate is still 0.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import statistics
@@ -20,29 +25,38 @@ import figures
 
 BUDGET = {200: 20, 500: 8}  # labels: epochs that make 120 steps of 32 images
 ARMS = {"pre-trained": 1, "scratch": 1, "scratch, 2x budget": 2, "scratch, 4x budget": 4}
+LEARNS = {  # name: words of its pre-training
+    "SimMIM ViT": "simmim.py --config configs/simmim_tiny.yaml --model vit_tiny --patch_size 8",
+    "SimMIM Swin": "simmim.py --config configs/simmim_tiny.yaml",
+    "UM-MAE ViT": "um_mae.py --config configs/um_mae_tiny.yaml --model vit_tiny --patch_size 8",
+    "UM-MAE Swin": "um_mae.py --config configs/um_mae_tiny.yaml",
+    "UM-MAE PVT": "um_mae.py --config configs/um_mae_tiny.yaml --model pvt_tiny",
+}
+SHORT = ["--epochs", 2, "--warmup_epochs", 0.16]  # 1,250 steps of 32 images, a quarter of the recipe
 
 
-def run(log, script, *words):
-    """Run one command of the project, one thread, output to a file; SystemExit with its last lines if it fails."""
-    command = [script, *map(str, words), "--overwrite"]
+def run(script, *words, out, again="--overwrite"):
+    """Run one command of the project, one thread, output to OUT/output.txt; SystemExit with its last lines if it fails.
+    With `again` --resume, a command that has ended well is not run a second time."""
+    command = [script, *map(str, words), "--out", str(out), again]
+    log, ended = out / "output.txt", out / "ended.txt"  # the latter holds the command that ended well
+    if again == "--resume" and ended.exists() and ended.read_text() == " ".join(command):
+        return
     print("  python " + " ".join(command), flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # two processes share two cores
     with open(log, "w") as file:
         environment = {**os.environ, **threads}
         done = subprocess.run([sys.executable, *command], env=environment, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n" + "\n".join(log.read_text().splitlines()[-15:]))
+    ended.write_text(" ".join(command))
 
 
-def finetune(folder, arm, labels, seed):
-    """Top-1 of one arm on the test images, in per cent."""
-    out = folder / f"{arm.replace(', ', '_').replace(' ', '_')}_{labels}"
-    start = ["--init", folder / "mae" / "encoder.pt"]
-    if arm != "pre-trained":
-        start = ["--model", "vit_tiny", "--patch_size", 8]
-    run(out / "output.txt", "finetune.py", "--config", "configs/finetune_tiny.yaml", *start, "--labels", labels,
-        "--epochs", BUDGET[labels] * ARMS[arm], "--split", "test", "--seed", seed, "--out", out)
+def finetune(out, start, labels, seed, budget=1, again="--overwrite"):
+    """Top-1 on the test images, in per cent; `start`: words that say what the encoder starts from."""
+    run("finetune.py", "--config", "configs/finetune_tiny.yaml", *start, "--labels", labels, "--epochs",
+        BUDGET[labels] * budget, "--split", "test", "--seed", seed, out=out, again=again)
     return json.loads((out / "result.json").read_text())["top1"]
 
 
@@ -55,16 +69,18 @@ def one_seed(folder, seed):
         try:
             for labels in BUDGET:
                 for arm in list(ARMS)[1:]:
-                    top1[labels][arm] = finetune(folder, arm, labels, seed)
+                    out = folder / f"{arm.replace(', ', '_').replace(' ', '_')}_{labels}"
+                    start = ["--model", "vit_tiny", "--patch_size", 8]
+                    top1[labels][arm] = finetune(out, start, labels, seed, ARMS[arm])
         except SystemExit as error:  # a thread's exit ends the thread alone
             failed.append(error)
 
     beside = threading.Thread(target=scratch)
     beside.start()
-    out = folder / "mae"
-    run(out / "output.txt", "mae.py", "--config", "configs/tiny.yaml", "--seed", seed, "--out", out)
+    run("mae.py", "--config", "configs/tiny.yaml", "--seed", seed, out=folder / "mae")
     for labels in BUDGET:
-        top1[labels]["pre-trained"] = finetune(folder, "pre-trained", labels, seed)
+        start = ["--init", folder / "mae" / "encoder.pt"]
+        top1[labels]["pre-trained"] = finetune(folder / f"pre-trained_{labels}", start, labels, seed)
     beside.join()
     if failed:
         raise failed[0]
@@ -83,19 +99,68 @@ def table(results):
     return "\n".join(lines)
 
 
+def log_of(folder):
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
+def pair(folder, name, seed):
+    """{"200": {"pre-trained": top-1, "scratch": top-1}, ..., "log": its first and last line} of a method and seed."""
+    folder, result = folder / name.lower().replace(" ", "_") / f"seed{seed}", {}
+    words = [*LEARNS[name].split(), *SHORT, "--seed", seed, "--picture_epochs", 0]
+    for arm, more in ("pre-trained", []), ("scratch", ["--max_steps", 1]):
+        run(*words, *more, out=folder / arm, again="--resume")
+        for labels in BUDGET:
+            out, start = folder / f"{arm}_{labels}", ["--init", folder / arm / "encoder.pt"]
+            result.setdefault(str(labels), {})[arm] = finetune(out, start, labels, seed, again="--resume")
+    log = log_of(folder / "pre-trained")
+    return {**result, "log": [log[0], log[-1]]}
+
+
+def learns_table(results):
+    """A markdown table of {method: {seed: result of `pair`}}: mean (lowest to highest) over seeds."""
+    arms = [(str(labels), arm) for labels in BUDGET for arm in list(ARMS)[:2]]
+    lines = ["| method | " + " | ".join(f"{arm}, {labels} labels" for labels, arm in arms) + " |", "|---" * 5 + "|"]
+    for name, seeds in results.items():
+        columns = [[result[labels][arm] for result in seeds.values()] for labels, arm in arms]
+        cells = " | ".join(f"{statistics.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in columns)
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines)
+
+
+def learns(out, seeds, jobs):
+    """All of LEARNS, first with the first seed; the result file is written anew whenever one of them is done."""
+    path = Path("results/learns.json") if len(seeds) >= 3 else out / "learns.json"
+    results, record = {name: {} for name in LEARNS}, {"pretraining": LEARNS, "options": SHORT, "budget_epochs": BUDGET}
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    tasks = {pool.submit(pair, out, name, seed): (name, seed) for seed in seeds for name in LEARNS}
+    try:
+        for task in concurrent.futures.as_completed(tasks):
+            name, seed = tasks[task]
+            results[name][str(seed)] = task.result()
+            path.write_text(json.dumps({**record, "results": results}, indent=1) + "\n")
+    finally:
+        pool.shutdown(cancel_futures=True)
+    print(learns_table(results))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0", help='such as "0 1 2"; three or more write results/demo.json')
+    parser.add_argument("--what", default="demo", choices=["demo", "learns"], help="MAE alone, or the other methods")
+    parser.add_argument("--seeds", default="0", help='such as "0 1 2"; three or more write into results/')
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--jobs", type=int, default=2, help="of learns: runs at a time, one thread each")
     words = parser.parse_args()
+    seeds = [int(seed) for seed in words.seeds.split()]
+    if words.what == "learns":
+        return learns(words.out, seeds, words.jobs)
     begin, results = time.monotonic(), {}
-    for seed in map(int, words.seeds.split()):
+    for seed in seeds:
         print(f"seed {seed}: pre-training on one core, scratch on the other", flush=True)
         results[seed] = one_seed(words.out / f"seed{seed}", seed)
     print(f"\nTop-1 on 2,000 test images, in per cent, after {time.monotonic() - begin:.0f} s:\n\n{table(results)}\n")
 
     folders = {seed: words.out / f"seed{seed}" / "mae" for seed in results}
-    logs = {seed: [json.loads(line) for line in open(folder / "log.jsonl")] for seed, folder in folders.items()}
+    logs = {seed: log_of(folder) for seed, folder in folders.items()}
     seconds = round(time.monotonic() - begin)
     record = {"top1": results, "pretraining_log": logs, "budget_epochs": BUDGET, "seconds": seconds}
     path = Path("results/demo.json") if len(results) >= 3 else words.out / "demo.json"
