@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import engine
+import fastmim
 import finetune
 import mae
 import options
@@ -57,18 +58,25 @@ CASES = {  # name: (Config, its options, model, and the loss, unless it is the m
     "UM-MAE PVT-S": case(um_mae.UMMAE, "pvt_s", 256),
     "SimMIM Swin-T as in UM-MAE": case(simmim.SimMIM, "swin_t", 256, bias="continuous", window=16, **LIKE_UM_MAE),
     "SimMIM PVT-S as in UM-MAE": case(simmim.SimMIM, "pvt_s", 256, **LIKE_UM_MAE),
+    "FastMIM ViT-B": case(fastmim.FastMIM, "vit_b", 128),
+    "FastMIM Swin-B": case(fastmim.FastMIM, "swin_b", 128),
     "fine-tuning ViT-B": (*case(finetune.Classifier, "vit_b", 224, mixup=0.0, cutmix=0.0)[:2],
                           lambda cfg: finetune.build_classifier(cfg, None, range(1000)), labelled),
 }
-PAIRS = {  # what: [(A, B, what is published of B / A)]; a name that is no case is a model of torchvision and its px
-    "yardstick": [(ours, theirs, "") for theirs, ours in [
-        ("vit_b_16", "MAE ViT-B"), ("vit_b_16", "MAE ViT-B, 1-block decoder"), ("vit_b_16", "fine-tuning ViT-B"),
-        ("vit_b_16", "SimMIM ViT-B"), ("swin_t 256", "SimMIM Swin-T"), ("swin_b 192", "SimMIM Swin-B"),
-        ("swin_t 256", "SimMIM PVT-S"), ("swin_t 256", "UM-MAE Swin-T"), ("swin_t 256", "UM-MAE PVT-S")]],
+YARDSTICKS = {  # what is measured against a model of torchvision, with its px
+    "vit_b_16 224": ["MAE ViT-B", "MAE ViT-B, 1-block decoder", "fine-tuning ViT-B", "SimMIM ViT-B"],
+    "swin_t 256": ["SimMIM Swin-T", "SimMIM PVT-S", "UM-MAE Swin-T", "UM-MAE PVT-S"],
+    "swin_b 192": ["SimMIM Swin-B"], "vit_b_16 128": ["FastMIM ViT-B"], "swin_b 128": ["FastMIM Swin-B"],
+}
+PAIRS = {  # what: [(A, B, what is published of B / A)]
+    "yardstick": [(ours, theirs, "") for theirs, cases in YARDSTICKS.items() for ours in cases],
     "ratios": [("MAE ViT-B", "MAE ViT-B, mask tokens in encoder", "ViT-L: time 2.8, FLOPs 3.3 (MAE, Tables 1c, 2)"),
                ("MAE ViT-B", "SimMIM ViT-B", ""),
                ("UM-MAE Swin-T", "SimMIM Swin-T as in UM-MAE", "time 1.97, memory 2.8 (UM-MAE, Table 3)"),
-               ("UM-MAE PVT-S", "SimMIM PVT-S as in UM-MAE", "time 1.78, memory 1.8 (UM-MAE, Table 3)")],
+               ("UM-MAE PVT-S", "SimMIM PVT-S as in UM-MAE", "time 1.78, memory 1.8 (UM-MAE, Table 3)"),
+               ("FastMIM ViT-B", "SimMIM ViT-B", ""), ("FastMIM ViT-B", "MAE ViT-B", ""),
+               ("FastMIM Swin-B", "SimMIM Swin-B", ""), ("FastMIM ViT-B", "FastMIM ViT-B: target", ""),
+               ("FastMIM Swin-B", "FastMIM Swin-B: target", "")],
 }
 SQUARE = {"cpu": 1024, "cuda": 8192}  # side of the matrices whose product is the yardstick of all matrix products
 
@@ -112,15 +120,23 @@ class Script:
         return loss, grad_norm, told
 
 
+class Target(Script):
+    """Of one of our scripts, what a step does to make its target."""
+
+    def step(self, step):
+        self.model.target(data.normalize(self.imgs.to(self.run.device)))
+
+
 class Yardstick:
     """A classifier of torchvision: forward, cross-entropy, backward, AdamW."""
 
     def __init__(self, name, shared):
         self.run = engine.start(mae.Config(**shared))
         device, B, (name, _, px) = self.run.device, shared["batch_size"], name.partition(" ")
-        self.model = getattr(torchvision.models, name)().to(device).train()
+        sizes = {"image_size": int(px)} if name.startswith("vit") else {}  # any other takes what it is given
+        self.model = torchvision.models.get_model(name, **sizes).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.imgs = torch.randn(B, 3, int(px or 224), int(px or 224), device=device)  # (B, C, H, W)
+        self.imgs = torch.randn(B, 3, int(px), int(px), device=device)  # (B, C, H, W)
         self.labels = torch.randint(1000, (B,), device=device)  # (B,)
 
     def step(self, step):
@@ -132,7 +148,8 @@ class Yardstick:
 
 
 def make(name, shared):
-    return (Script if name in CASES else Yardstick)(name, shared)
+    case, _, target = name.partition(": ")
+    return (Target if target else Script if case in CASES else Yardstick)(case, shared)
 
 
 def seconds(device, work, *inputs):

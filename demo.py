@@ -143,13 +143,13 @@ def learns(out, seeds, jobs):
     print(learns_table(results))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", default="demo", choices=["demo", "learns"], help="MAE alone, or the other methods")
     parser.add_argument("--seeds", default="0", help='such as "0 1 2"; three or more write into results/')
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--jobs", type=int, default=2, help="of learns: runs at a time, one thread each")
-    words = parser.parse_args()
+    words = parser.parse_args(argv)
     seeds = [int(seed) for seed in words.seeds.split()]
     if words.what == "learns":
         return learns(words.out, seeds, words.jobs)

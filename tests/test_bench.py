@@ -25,7 +25,7 @@ def tiny(monkeypatch):
              "tiny MAE, mask tokens": (mae.Config, MAE_TINY | {"mask_tokens_in_encoder": True}, mae.MAE),
              "tiny fine-tuning": (finetune.Config, TINY | {"mixup": 0.0, "cutmix": 0.0}, *FINETUNE)}
     monkeypatch.setattr(bench, "CASES", cases)
-    monkeypatch.setattr(bench, "PAIRS", {"yardstick": [("tiny fine-tuning", "squeezenet1_1", "")],
+    monkeypatch.setattr(bench, "PAIRS", {"yardstick": [("tiny fine-tuning", "squeezenet1_1 224", "")],
                                          "ratios": [("tiny MAE", "tiny MAE, mask tokens", "2.8x")]})
     monkeypatch.setattr(bench, "SQUARE", {"cpu": 64})
     monkeypatch.setattr(bench.subprocess, "check_output", lambda words: "1000000")
@@ -106,7 +106,7 @@ def test_unknown_case_is_one_line(capsys):
 
 def test_peak_comes_from_a_fresh_process():
     """At least weight, gradient and two moments of each parameter, and far less than what this process holds."""
-    words = [sys.executable, bench.__file__, "--peak", "squeezenet1_1", "--precision", "fp32", "--memory_batch", "1"]
+    words = [sys.executable, bench.__file__, "--peak", "squeezenet1_1 64", "--precision", "fp32", "--memory_batch", "1"]
     done = subprocess.run([*words, "--device", "cpu"], stdout=subprocess.PIPE, text=True, check=True, cwd=Path.home())
     parameters = sum(p.numel() for p in bench.torchvision.models.squeezenet1_1().parameters())
     assert 16 * parameters < int(done.stdout) < 1e9

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 METHODS = [name for name in ("mae", "simmim", "um_mae", "fastmim", "lut") if (ROOT / f"{name}.py").exists()]
 LIMITS = {"mae": 260, "simmim": 250, "um_mae": 320, "fastmim": 310, "lut": 320, "finetune": 340, "analyze": 360,
-          "weights": 240, "checkpoint": 150, "dense": 260, "models": 520, "data": 300, "engine": 300, "bench": 240,
+          "weights": 240, "checkpoint": 150, "dense": 260, "models": 520, "data": 300, "engine": 300, "bench": 265,
           "evaluate": 200}
 
 

@@ -1,0 +1,66 @@
+"""demo.py: what it runs, what it does not run again, and the tables it prints. The runs themselves are made up."""
+
+import json
+import types
+from pathlib import Path
+
+import pytest
+
+import demo
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """Every command that demo.py runs; each leaves the files of a run, and 50 %, or 40 % from scratch. Seed 13 fails.
+    What is written goes to a temporary folder."""
+    ran = []
+
+    def run(words, env, stdout, stderr):
+        out = Path(words[words.index("--out") + 1])
+        (out / "result.json").write_text(json.dumps({"top1": 40 if "scratch" in out.name else 50}))
+        (out / "log.jsonl").write_text('{"step": 100, "loss": 2.0}\n{"step": 1250, "loss": 1.0}\n')
+        (out / "pictures").mkdir(exist_ok=True)
+        (out / "pictures" / "step.png").touch()
+        ran.append(" ".join(words[1:]))
+        return types.SimpleNamespace(returncode=int(" --seed 13 " in ran[-1]))
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(demo.figures, "demo", lambda *given: None)
+    return ran
+
+
+def test_learns_compares_equal_runs(commands, capsys):
+    """Both arms are the same commands, but for where they start: at a pre-training, or at one stopped at once."""
+    demo.main(["--what", "learns", "--seeds", "0 1 2", "--out", "runs", "--jobs", "2"])
+    assert len(commands) == 3 * len(demo.LEARNS) * 6  # two encoders, each fine-tuned with two numbers of labels
+    pretrained, scratch = ([c for c in commands if f"/{arm}" in c] for arm in ("pre-trained", "scratch"))
+    alike = [c.replace("/scratch", "/pre-trained").replace(" --max_steps 1 ", " ") for c in scratch]
+    assert sorted(pretrained) == sorted(alike)
+    assert sum(" --max_steps 1 " in c for c in commands) == 3 * len(demo.LEARNS)
+    record = json.loads(Path("results/learns.json").read_text())
+    tops = {labels: {"pre-trained": 50, "scratch": 40} for labels in ("200", "500")}
+    ends = {"log": [{"step": 100, "loss": 2.0}, {"step": 1250, "loss": 1.0}]}
+    assert record["results"] == {name: dict.fromkeys("012", tops | ends) for name in demo.LEARNS}
+    assert "| UM-MAE PVT | 50.0 (50.0 to 50.0) | 40.0 (40.0 to 40.0) |" in capsys.readouterr().out
+
+
+def test_learns_goes_on_where_it_was_stopped(commands):
+    """A command that failed, or that is another one than before, runs; one that ended well does not run again."""
+    with pytest.raises(SystemExit, match="failed"):
+        demo.main(["--what", "learns", "--seeds", "0 13", "--out", "runs", "--jobs", "1"])
+    done = [c for c in commands if " --seed 0 " in c]
+    assert len(done) == 6 * len(demo.LEARNS) and len(commands) < len(done) + 6 and " --resume" in commands[-1]
+    commands.clear()
+    demo.main(["--what", "learns", "--seeds", "0", "--out", "runs"])
+    assert not commands
+    for seed in (1, 2, 2):
+        demo.run("mae.py", "--seed", seed, out=Path("runs/one"), again="--resume")
+    assert len(commands) == 2
+
+
+def test_demo_runs_everything_anew(commands):
+    for _ in range(2):
+        demo.main(["--out", "runs"])
+    assert len(commands) == 2 * (1 + 2 * len(demo.ARMS)) and all("--overwrite" in c for c in commands)
