@@ -20,7 +20,8 @@ def plan(cfg, build):
             lambda t: kept.setdefault(id(t.untyped_storage()), t.detach()) is None or t, lambda t: t)
         autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
         with hooks, autocast, FlopCounterMode(display=False) as counter:
-            model(torch.zeros(micro_batch, cfg.in_chans, *cfg.img_size), torch.rand(micro_batch, model.num_noise))
+            shape = getattr(model, "input_shape", (cfg.in_chans, *cfg.img_size))  # LUT takes pairs of views
+            model(torch.zeros(micro_batch, *shape), torch.rand(micro_batch, model.num_noise))
         own = {id(t.untyped_storage()) for t in model.state_dict(keep_vars=True).values()}
         return sum(t.untyped_storage().nbytes() for i, t in kept.items() if i not in own), counter.get_total_flops()
 
@@ -31,8 +32,8 @@ def plan(cfg, build):
     frozen = sum(p.numel() for p in model.parameters()) - count
     each, besides = (four - two) / 2, 16 * count + 4 * frozen + (2 * two - four) + 1.5e9
     print(f"{count / 1e6:.1f} M trained parameters\n{flops / 2e9:.2f} GFLOPs an image forward (a multiply-add is two), "
-          f"three times that in a step\n{each / 1e6:.1f} MB an image kept for backward in {dtype}, "
-          f"{besides / 1e9:.2f} GB besides")
+          f"three times that in a step, if all of it is trained\n{each / 1e6:.1f} MB an image kept for backward in "
+          f"{dtype}, {besides / 1e9:.2f} GB besides")
     for n in (1, 8, 32, 64, 128, 256):
         print(f"  --micro_batch {n:<4} {(besides + n * each) / 1e9:7.2f} GB")
     largest = min(cfg.batch_size, max(0, int((24e9 - besides) // max(each, 1))))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from engine import fail, seed_of, user_errors
 from files import Broken, Folder, check
 from shapes import SHAPES, shapes_batch
-from transforms import CentreCrop, augmentation, denormalize, normalize, with_defaults  # noqa: F401
+from transforms import CentreCrop, augmentation, denormalize, normalize, three_augment, with_defaults  # noqa: F401
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources: len(), .classes (None if unlabelled), .labels, .load(i) -> (uint8 (C, h, w), label or -1), .keep(indices)
@@ -183,7 +183,8 @@ def pretrain_set(cfg):
     """The training images of --data, labels ignored, as `cfg` says."""
     o = with_defaults(cfg)
     # the smallest crop has crop_scale[0] of the area, at the longest ratio: its short side must not be enlarged
-    min_side = int(max(cfg.img_size) / (o["crop_scale"][0] * min(o["crop_ratio"])) ** 0.5) + 1
+    least = 1.0 if o["crop"] == "simple" else o["crop_scale"][0] * min(o["crop_ratio"])
+    min_side = int(max(cfg.img_size) / least**0.5) + 1
     source = open_source(cfg.data, "train", cfg.in_chans, False, cfg.data_dir, cfg.download, min_side)
     return Images(source, augmentation(o), cfg.seed, cfg.max_bad)
 
@@ -199,7 +200,8 @@ def labelled_set(cfg, split, augment=None):
 
 
 def sample(dataset, n):
-    """uint8 (n, C, H, W): up to n images, evenly spaced over the data set and so over its classes."""
+    """uint8 (n, C, H, W), or (n, 2, C, H, W) of two views: up to n images, evenly spaced over the data set and so over
+    its classes."""
     n = min(n, len(dataset))
     return torch.stack([dataset[0, i * len(dataset) // n, i][0] for i in range(n)])
 
@@ -211,7 +213,8 @@ def sample(dataset, n):
 class GlobalBatches(torch.utils.data.Sampler):
     """Micro-batches of this process for the steps [start, stop): lists of (epoch, index, position in the global batch).
 
-    A step is one global batch of `batch_size` images, the same for any number of processes; each holds a slice of it.
+    A step is one global batch of `batch_size` images, the same for any number of processes; of every block of it, which
+    they hold at once, each has a slice.
     `start` and `stop` may be set until iteration begins; stop=None is one epoch. With drop_last=False the last batch of
     an epoch is shorter (left out if shorter than `world`).
     """
@@ -238,10 +241,11 @@ class GlobalBatches(torch.utils.data.Sampler):
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", epoch)))
             for step in steps:
                 indices = order[step % self.steps_per_epoch * self.batch_size :][: self.size(step)].tolist()
-                first, last = (r * len(indices) // self.world for r in (self.rank, self.rank + 1))
-                mine = [(epoch, indices[k], k) for k in range(first, last)]
                 count = self.micro_batches(step)
-                yield from (mine[k * len(mine) // count : (k + 1) * len(mine) // count] for k in range(count))
+                for k in range(count):  # what all processes hold at once is a block of the global batch, however many
+                    begin, end = (j * len(indices) // count for j in (k, k + 1))
+                    first, last = (begin + r * (end - begin) // self.world for r in (self.rank, self.rank + 1))
+                    yield [(epoch, indices[i], i) for i in range(first, last)]
 
 
 def global_batches(n, cfg, run):

@@ -6,6 +6,8 @@ Parameter names are timm's, so that weights travel.
 import math
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -106,6 +108,11 @@ def patch_statistics(patches):
 def as_map(x, grid):
     """Tokens (B, h*w, D) in raster order -> map (B, D, h, w)."""
     return x.transpose(1, 2).unflatten(2, tuple(grid))  # (B, D, h, w)
+
+
+def gather(tokens, ids):
+    """The tokens (B, N, D) at ids (B, T): (B, T, D)."""
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 class PatchEmbed(nn.Module):
@@ -302,6 +309,33 @@ def run_blocks(blocks, x, noise=None, checkpointing=False, context=()):
     return x
 
 
+def everyones(x):
+    """(x of all processes as one batch, by rank; the slice of it that is this process's own). x (B, ...), of the same B
+    everywhere; gradients flow back to the process that a row came from."""
+    if not dist.is_initialized():
+        return x, slice(len(x))
+    first = dist.get_rank() * len(x)
+    return torch.cat(dist_nn.all_gather(x)), slice(first, first + len(x))  # (world * B, ...)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm of (B, D) over what all processes hold at once: what nn.SyncBatchNorm does on GPUs alone. Each of them
+    normalises the whole batch and goes on with its part, so that the running averages are the same everywhere."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        x, own = everyones(x)  # (world * B, D)
+        return super().forward(x)[own]  # (B, D)
+
+
+def mlp_head(width, hidden):
+    """Projector or predictor of a method that compares vectors, (B, D) -> (B, D): no biases, BatchNorm between the two
+    layers only (LUT's released code)."""
+    return nn.Sequential(nn.Linear(width, hidden, bias=False), BatchNorm(hidden), nn.ReLU(),
+                         nn.Linear(hidden, width, bias=False)).apply(init_weights)
+
+
 class Decoder(nn.Module):
     """The small Transformer that MAE-like methods paint with (MAE, 3 and A.1): `embed` projects what the encoder saw,
     the method puts mask tokens in between, and calling the decoder on the whole grid predicts a vector per patch.
@@ -326,6 +360,10 @@ class Decoder(nn.Module):
 
     def forward(self, x):
         """Embedded tokens of the whole grid (B, num_prefix + N, width), raster order -> (B, N, out_width)."""
+        return self.pred(self.decode(x))
+
+    def decode(self, x):
+        """The same without the last layer, (B, N, width)."""
         x = x if self.pos_embed is None else x + self.pos_embed
         x = run_blocks(self.blocks, x, checkpointing=self.checkpointing)
-        return self.pred(self.norm(x)[:, self.num_prefix :])  # (B, N, out_width)
+        return self.norm(x)[:, self.num_prefix :]  # (B, N, width)

@@ -39,8 +39,11 @@ from layers import (  # Decoder, patchify, unpatchify, ...: method files use the
     as_map,
     bias_of,
     check_sizes,
+    everyones,  # noqa: F401
+    gather,  # noqa: F401
     init_normal,
     init_weights,
+    mlp_head,  # noqa: F401
     next_size,  # noqa: F401
     offset_index,
     patch_statistics,  # noqa: F401

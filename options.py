@@ -196,14 +196,21 @@ def check(cfg, world):
              f"process(es) holds; --micro_batch {fits} does")
 
 
+def one_of(cfg, **choices):
+    """ValueError unless each of these options, as in one_of(cfg, target="pixels norm_pixels"), is one of the words."""
+    for name, words in choices.items():
+        if getattr(cfg, name) not in words.split():
+            raise ValueError(f"--{name} is one of {', '.join(words.split())}, not {getattr(cfg, name)}")
+
+
 def check_ranges(cfg):
     """Refuse numbers that make no sense; a script's Config need not have all of them."""
     given = vars(cfg)
     for name in ("base_lr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "mixup", "cutmix", "color_jitter",
-                 "shift", "labels", "picture_epochs", "probe_epochs", "probe_labels", "eval_epochs"):
+                 "shift", "labels", "picture_epochs", "probe_epochs", "probe_labels", "eval_epochs", "context_weight"):
         if given.get(name, 0) < 0:
             fail(f"--{name} must be 0 or more, not {given[name]}")
-    for name in ("flip", "random_erasing", "smoothing", "layer_decay"):
+    for name in ("flip", "random_erasing", "smoothing", "layer_decay", "ema_decay", "target_mask_ratio"):
         if not 0 <= given.get(name, 0) <= 1:
             fail(f"--{name} must lie in [0, 1], not {given[name]}")
     if not 0 <= given.get("drop_path", 0) < 1:

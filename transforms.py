@@ -47,6 +47,13 @@ class RandomErasing(v2.RandomErasing):
         return params
 
 
+def cover(image, size, interpolation):
+    """An image in its own proportions, resized to the least that covers `size` (h, w)."""
+    (H, W), (h, w) = image.shape[-2:], size
+    h, w = (h, h * W // H) if h * W >= w * H else (w * H // W, w)
+    return v2.functional.resize(image, [h, w], interpolation, antialias=True)
+
+
 class CentreCrop:
     """MAE's evaluation: 7/8 of an image, its centre, up to 224 px; all of its short side above that (MAE's released
     code). Non-square sizes: as much as covers (h, w)."""
@@ -57,17 +64,64 @@ class CentreCrop:
         self.cover = [s * 256 // 224 if max(size) <= 224 else s for s in size]
 
     def __call__(self, image):
-        (H, W), (h, w) = image.shape[-2:], self.cover
-        if (H, W) == self.size:
+        if tuple(image.shape[-2:]) == self.size:
             return image
-        h, w = (h, h * W // H) if h * W >= w * H else (w * H // W, w)
-        image = v2.functional.resize(image, [h, w], self.interpolation, antialias=True)
-        return v2.functional.center_crop(image, self.size)
+        return v2.functional.center_crop(cover(image, self.cover, self.interpolation), self.size)
+
+
+class TwoViews:
+    """Two independent draws of one image, uint8 (C, h, w) -> (2, C, *img_size), the second one with its colours
+    jittered, brightness, contrast, saturation and hue by up to `jitter`, in four of five images (LUT's released code).
+    Channels other than RGB have no hue: their brightness and contrast are jittered, every channel by the same factors.
+
+    `share_first`: the first step draws nothing, and is done once for both.
+    """
+
+    def __init__(self, steps, share_first, jitter, in_chans):
+        if min(jitter) < 0 or max(jitter) > 1 or jitter[3] > 0.5:
+            raise ValueError(f"--view_jitter takes four numbers in [0, 1], the last in [0, 0.5], not {jitter}")
+        self.once, self.each = steps[:share_first], v2.Compose(steps[share_first:])
+        self.rgb = in_chans == 3
+        self.jitter = v2.RandomApply([v2.ColorJitter(*jitter if self.rgb else jitter[:2])], 0.8)
+
+    def __call__(self, image):
+        for step in self.once:
+            image = step(image)
+        one, two = self.each(image), self.each(image)
+        two = self.jitter(two) if self.rgb else self.jitter(two[:, None])[:, 0]  # (C, h, w), as C grey images
+        return torch.stack([one, two])  # (2, C, h, w)
+
+
+def blur(imgs, sigma):
+    """Every image (B, C, H, W) with a Gaussian of its own standard deviation, sigma (B,): rows, then columns, each as a
+    product with a matrix whose lines are the Gaussian around one pixel, as far as it lies in the image, with sum 1."""
+    def weights(n):
+        offset = torch.arange(n, device=imgs.device) - torch.arange(n, device=imgs.device)[:, None]  # (n, n)
+        return (offset.square() / (-2 * sigma.square()[:, None, None, None])).softmax(dim=3)  # (B, 1, n, n)
+
+    return weights(imgs.shape[2]) @ imgs @ weights(imgs.shape[3]).mT  # (B, C, H, W)
+
+
+@torch.no_grad()
+def three_augment(imgs, noise):
+    """Each normalised image (B, C, H, W) in grey, solarized from half brightness up, or blurred by 0.1 to 2 pixels
+    (DeiT III, as LUT uses it), in fp32. noise (B, 2), uniform in [0, 1), tells which, and how far it is blurred.
+    Channels other than RGB are solarized or blurred."""
+    mean, std = mean_std(imgs.shape[1], imgs.device)
+    with torch.autocast(imgs.device.type, enabled=False):
+        pixels = imgs.float() * std + mean  # in [0, 1]
+        # DIFF: LUT's second view is blurred by a Gaussian itself; Pillow, in its released code, takes box filters.
+        kinds = [v2.functional.solarize(pixels, 0.5), blur(pixels, 0.1 + 1.9 * noise[:, 1])]
+        if imgs.shape[1] == 3:
+            kinds.append(v2.functional.rgb_to_grayscale(pixels, num_output_channels=3))
+        which = (noise[:, 0] * len(kinds)).long()  # (B,)
+        pixels = torch.stack(kinds)[which, torch.arange(len(imgs), device=imgs.device)]  # (B, C, H, W)
+        return (pixels - mean) / std
 
 
 # What a script's Config need not have.
 DEFAULTS = {"crop_ratio": (3 / 4, 4 / 3), "interpolation": "bicubic", "shift": 0, "labels": 0, "rand_augment": False,
-            "color_jitter": 0.0, "random_erasing": 0.0}
+            "color_jitter": 0.0, "random_erasing": 0.0, "crop": "random_resized", "view_jitter": None}
 
 
 def with_defaults(cfg):
@@ -75,12 +129,16 @@ def with_defaults(cfg):
 
 
 def augmentation(o):
-    """The training transforms that the options `o` (a mapping) ask for: uint8 (C, h, w) -> uint8 (C, *img_size)."""
+    """The training transforms that the options `o` (a mapping) ask for: uint8 (C, h, w) -> uint8 (C, *img_size), or
+    (2, C, *img_size) if they ask for two views."""
     size, cubic = tuple(o["img_size"]), v2.InterpolationMode(o["interpolation"])
-    steps = [v2.Resize(size, cubic)]  # returns what has the right size already
-    if tuple(o["crop_scale"]) != (1, 1):
-        steps = [v2.RandomResizedCrop(size, tuple(o["crop_scale"]), tuple(o["crop_ratio"]), cubic)]
-    if o["shift"]:
+    first = v2.Resize(size, cubic)  # returns what has the right size already
+    if o["crop"] == "simple":
+        first = functools.partial(cover, size=size, interpolation=cubic)
+    elif tuple(o["crop_scale"]) != (1, 1):
+        first = v2.RandomResizedCrop(size, tuple(o["crop_scale"]), tuple(o["crop_ratio"]), cubic)
+    steps = [first]
+    if o["shift"] or o["crop"] == "simple":
         steps.append(v2.RandomCrop(size, padding=o["shift"], padding_mode="reflect"))
     if o["flip"]:
         steps.append(v2.RandomHorizontalFlip(o["flip"]))
@@ -96,7 +154,9 @@ def augmentation(o):
         steps.append(v2.ColorJitter(*[o["color_jitter"]] * 3))  # brightness, contrast, saturation
     if o["random_erasing"]:
         steps.append(RandomErasing(o["random_erasing"], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"))
-    return v2.Compose(steps)
+    if o["view_jitter"] is None:
+        return v2.Compose(steps)
+    return TwoViews(steps, o["crop"] == "simple", o["view_jitter"], o["in_chans"])
 
 
 def mix(imgs, targets, cfg, seed):

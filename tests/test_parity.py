@@ -19,6 +19,7 @@ import data
 import engine
 import fastmim
 import finetune
+import lut
 import mae
 import models
 import simmim
@@ -98,6 +99,42 @@ def test_mae(name, target, monkeypatch):
     check_loss(loss, arrays)
     loss.backward()
     check_gradients(model, arrays, rename)
+
+
+def test_lut(monkeypatch):
+    """Both losses, the vectors of student and teacher, and every gradient."""
+    arrays = case("lut")
+    def rename(name):
+        for theirs, ours in (("decoder_", "decoder."), ("head.", "projector."), ("mask_token", "mask_token"),
+                             ("predictor.", "predictor.")):
+            if name.startswith(theirs):
+                return name.replace(theirs, ours, 1)
+        return "encoder." + name
+
+    encoder_of(arrays, monkeypatch)
+    size, (C, p) = tuple(arrays["view1"].shape[2:]), arrays["sd/patch_embed.proj.weight"].shape[1:3]
+    model = lut.LUT(lut.Config(
+        model="golden", img_size=size, patch_size=p, in_chans=C, decoder_depth=depth_of(arrays, "decoder_blocks"),
+        decoder_width=arrays["sd/mask_token"].shape[2], decoder_heads=HEADS, head_width=len(arrays["sd/head.0.weight"]),
+        three_augment=False))
+    tensors = {rename(k[3:]): v for k, v in arrays.items() if k.startswith("sd/")}
+    taught = {rename(k[10:]): v for k, v in arrays.items() if k.startswith("target_sd/")}
+    tensors |= {f"teacher.{k}": v for k, v in taught.items() if k.startswith(("encoder", "projector"))}
+    model.load_state_dict(tensors, strict=True)
+
+    imgs, noise = torch.stack([arrays["view1"], arrays["view2"]], dim=1), F.pad(arrays["noise"], (0, 2))
+    compared, distance = [], model.distance
+    monkeypatch.setattr(model, "distance", lambda *pair: compared.append(pair) or distance(*pair))
+    loss = model(imgs, noise)
+    check_loss(loss, arrays)
+    for found, names in zip(compared, (("student1", "target2"), ("student2", "target1")), strict=True):
+        for tensor, name in zip(found, names, strict=True):
+            torch.testing.assert_close(tensor, arrays[name], rtol=1e-4, atol=1e-4)
+    model.cfg.context_weight = 0
+    assert model(imgs, noise).item() == pytest.approx(arrays["loss_mim"].item(), rel=1e-5)
+    assert (loss.item() - arrays["loss_mim"].item()) * 4 == pytest.approx(arrays["loss_bc"].item(), rel=1e-5)
+    loss.backward()
+    check_norms({k: v.numpy() for k, v in arrays.items()}, lambda name: model.get_parameter(rename(name)).grad)
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"], ids=["finetune_vit_mean", "finetune_vit_cls"])
