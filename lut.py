@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 import data
 import engine
+import evaluate
 import figures
 import models
 import options
@@ -161,8 +162,7 @@ class LUT(nn.Module):
         compared place by place on the grid, wherever crops and flips put these in the picture."""
         tokens, ids = latent[:, 1:], ids_restore.argsort(dim=1)  # (V*B, N_keep, D), (V*B, N)
         if self.lift:
-            hidden = self.lift(models.gather(decoded, ids[:, self.N_keep :]))  # (V*B, N - N_keep, D)
-            tokens = torch.cat([tokens, hidden], dim=1)  # (V*B, N, D)
+            tokens = torch.cat([tokens, self.lift(models.gather(decoded, ids[:, self.N_keep :]))], dim=1)  # (V*B, N, D)
         steered = {"unmasked": slice(self.N_keep), "masked": slice(self.N_keep, None), "both": slice(None)}
         tokens, ids = (x[:, steered[self.cfg.steering]] for x in (tokens, ids))  # (V*B, T, D), (V*B, T)
         pairs = {"cls": (latent[:, :1], taught[:, :1]),  # the student's and the teacher's, both (V*B, T or 1, D)
@@ -173,9 +173,8 @@ class LUT(nn.Module):
         for name in self.cfg.context.split("+"):
             for student, teacher in zip(*(x.chunk(self.views) for x in pairs[name]), strict=True):
                 student = self.predictor(self.projector(student.flatten(0, 1)))  # (B*T, D); BatchNorm sees one view
-                teacher = self.teacher["projector"](teacher.flatten(0, 1))  # (B*T, D)
-                loss = loss + self.distance(student, teacher) / self.views
-        return loss
+                loss = loss + self.distance(student, self.teacher["projector"](teacher.flatten(0, 1)))  # (B*T, D)
+        return loss / self.views
 
     def distance(self, student, teacher):
         """Of n vectors (n, D) from the teacher's, on average, fp32."""
@@ -224,10 +223,9 @@ def check(cfg, encoder):
     if not 0.5 <= cfg.mask_ratio < 1 or encoder.grid == (1, 1) or cfg.head_width < 1:
         raise ValueError("views of at least two patches that show no place twice need --mask_ratio in [0.5, 1), and "
                          f"--head_width is 1 or more, not {cfg.mask_ratio} and {cfg.head_width}")
-    if "tokens" in cfg.context and cfg.target_mask_ratio:
-        raise ValueError(f"--context {cfg.context} needs a teacher that sees all places: --target_mask_ratio 0")
-    if cfg.context == "cls" and cfg.steering != "unmasked":
-        raise ValueError("--context cls is the encoder's own token: --steering unmasked")
+    if ("tokens" in cfg.context and cfg.target_mask_ratio) or (cfg.context == "cls" and cfg.steering != "unmasked"):
+        raise ValueError(f"--context {cfg.context} does not go with --target_mask_ratio {cfg.target_mask_ratio} and "
+                         f"--steering {cfg.steering}")
     if min(cfg.micro_batch, cfg.batch_size) < 2 or not cfg.drop_last:
         raise ValueError("BatchNorm needs two images at once, and as many on every process: --micro_batch 2 or more, "
                          "and no --drop_last false")
@@ -267,6 +265,7 @@ def main(argv=None):
         model = LUT(cfg).to(run.device)
         dataset = data.pretrain_set(cfg)
         sampler = data.global_batches(len(dataset), cfg, run)
+        probe_sets = evaluate.probe_sets(cfg)
         sample = data.normalize(data.sample(dataset, 64).to(run.device))  # (64, C, H, W)
     sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, cfg.weight_decay), betas=cfg.betas, fused=True)
@@ -312,6 +311,8 @@ def main(argv=None):
             engine.save(cfg, run, step + 1, model, optimizer)
         if told:
             break
+        if probe_sets and engine.due(run, step, cfg.probe_epochs * sampler.steps_per_epoch):
+            evaluate.probe(cfg, run, step, model.encoder, probe_sets)
     engine.finish(run, step + 1 if run.last > first else first)
 
 
