@@ -5,6 +5,8 @@ A checkpoint holds tensors and plain data only. `last.pt`, of which a stopped ru
 "optimizer", "scaler", "step", "config"}; `encoder.pt` is what travels: see weights.py.
 """
 
+import argparse
+import collections
 import contextlib
 import os
 import pickle
@@ -13,27 +15,35 @@ from pathlib import Path
 
 import torch
 
+import tensorfile
+
+# What other people's checkpoints hold beside tensors and plain data: their options, here as inert containers.
+OPTIONS = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
+
 
 def write(path, content):
-    """Write `content` to `path` through a temporary file that is flushed, synced and read back first.
+    """Write `content` to `path` through a temporary file that is flushed, synced and read back first. In a path that
+    ends in .safetensors, content is (tensors, {str: str}), else what torch.save takes.
 
     What `path` held before stays beside it as `previous.<name>`. OSError if the disk is full or not writable: `path`
     and its predecessor are then as they were.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    plain = path.suffix != ".safetensors"
+    save, wrong_with = (torch.save, damage) if plain else (tensorfile.save, tensorfile.damage)
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if wrong := damage(temporary):
+        if wrong := wrong_with(temporary):
             raise OSError(f"it does not read back as it was written: {wrong}")
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's zip writer on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(f"cannot write {path} ({error}); what was saved before is intact") from error
-    if path.exists() and not damage(path):  # a damaged file must not take the place of its whole predecessor
+    if path.exists() and not wrong_with(path):  # a damaged file must not take the place of its whole predecessor
         os.replace(path, path.with_name("previous." + path.name))
     os.replace(temporary, path)
     directory = os.open(path.parent, os.O_RDONLY)  # the renames are durable only once the directory is, too
@@ -41,19 +51,31 @@ def write(path, content):
     os.close(directory)
 
 
-def read(path):
+def read(path, foreign=False):
     """The content of a checkpoint, on the CPU. ValueError (one line) if it is damaged, cut short, or holds anything but
-    tensors and plain data: nothing in it is executed. FileNotFoundError if it is not there."""
+    tensors and plain data: nothing in it is executed. FileNotFoundError if it is not there.
+
+    `foreign`: as other people write them. Then options may lie in it as an argparse.Namespace or a CfgNode, and it may
+    be of torch.save's format before 1.6, which has no checksums.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    if wrong := damage(path):
+    if not (foreign and is_old(path)) and (wrong := damage(path)):
         raise ValueError(f"{path} is not a whole checkpoint: {wrong}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(OPTIONS if foreign else []):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain data, and is not opened") from error
     except Exception as error:  # rubbish behind right checksums raises whatever it likes
         raise ValueError(f"{path} is not a checkpoint: {type(error).__name__}") from error
+
+
+def is_old(path):
+    """Is it of torch.save's format before 1.6: pickles in a row, of which the first is a magic number?"""
+    start = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start
 
 
 def damage(path):
@@ -95,13 +117,17 @@ def require_run(saved, where):
 def load_exactly(model, tensors, where):
     """Copy `tensors` (a state dict) into `model`. ValueError before anything is copied if a name, shape or dtype
     differs, or if a value is not finite."""
-    own = model.state_dict()
+    require_state(model.state_dict(), tensors, where)
+    model.load_state_dict(tensors)
+
+
+def require_state(own, tensors, where):
+    """ValueError unless `tensors` has the names of `own`, and a finite tensor of the same shape and dtype for each."""
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         raise ValueError(f"{where} is of another architecture: it lacks {missing[:3]} and has unknown {extra[:3]}")
     for name, tensor in own.items():
         require_like(tensor, tensors[name], f"{where}, {name}")
-    model.load_state_dict(tensors)
 
 
 def load_optimizer(optimizer, state, where):
@@ -124,6 +150,13 @@ def check_optimizer(optimizer, state, where):
         for name, value in moments.items():
             expected = torch.zeros(()) if name == "step" else params[index]
             require_like(expected, value, f"{where}, {name} of optimizer parameter {index}")
+
+
+def ordinary(value):
+    """Is it a dense tensor in memory that is as large as it says? A file may hold a view of one number that claims to
+    be a terabyte."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" \
+        and not value.is_quantized and value.numel() * value.itemsize <= value.untyped_storage().nbytes()
 
 
 def require_like(expected, found, where):

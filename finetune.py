@@ -33,7 +33,8 @@ from transforms import mix
 class Config(engine.RunConfig):
     """Fine-tuning of ViT-B as MAE's released recipe has it; the paper's table differs in lr and layer decay."""
 
-    init: str = "none"  # encoder.pt of a pre-training or fine-tuning run; none for random weights
+    init: str = "none"  # encoder.pt of a run, or published weights (.pth, .safetensors); none for random weights
+    init_size: engine.Size = (0, 0)  # of the images that published weights were made for, where they do not tell
     mode: str = "finetune"  # finetune: everything trains; linear: the head alone, with LARS (configs/linear_vit_b.yaml)
     model: str = "auto"  # vit_tiny, vit_ti, vit_s, vit_b, vit_l, vit_h; auto takes it from --init
     patch_size: int = 0  # pixels; 0 takes it from --init, or is 16 for a ViT and 4 for a pyramid
@@ -137,7 +138,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def resolve(cfg):
-    """(cfg with model, patch_size and in_chans as --init has them, content of --init). ValueError or FileNotFoundError,
+    """(cfg with model, sizes and channels as --init has them, content of --init). ValueError or FileNotFoundError,
     in one line, if it is no encoder or another one than the options ask for."""
     if cfg.mode not in ("finetune", "linear") or cfg.head_start not in ("random", "probe"):
         raise ValueError(f"--mode is finetune or linear, --head_start random or probe; not {cfg.mode} {cfg.head_start}")
@@ -150,13 +151,13 @@ def resolve(cfg):
             raise ValueError("--eval needs a classifier in --init" if cfg.eval else "--init none needs a --model")
         arch, saved = {"in_chans": cfg.in_chans or 3, "img_size": (224, 224)}, None
     else:
-        saved = weights.read_encoder(cfg.init)
+        saved = weights.read_encoder(cfg.init, cfg.init_size)
         arch = {name: saved["arch"][name] for name in ("model", "patch_size", "in_chans", "img_size")}
-    for name in arch.keys() - {"img_size"}:
+    for name in arch.keys() - {"img_size", "in_chans"}:
         if getattr(cfg, name) not in ("auto", 0, arch[name]):
             raise ValueError(f"--{name} {getattr(cfg, name)}, but the encoder in {cfg.init} has {name} {arch[name]}")
     size = cfg.img_size if any(cfg.img_size) else tuple(arch["img_size"])
-    return dataclasses.replace(cfg, **{**arch, "img_size": size}), saved
+    return dataclasses.replace(cfg, **{**arch, "img_size": size, "in_chans": cfg.in_chans or arch["in_chans"]}), saved
 
 
 def build_classifier(cfg, saved, classes):
@@ -167,12 +168,10 @@ def build_classifier(cfg, saved, classes):
     pool, head_norm = cfg.pool, auto if cfg.head_norm == "auto" else cfg.head_norm
     head = saved.get("classifier") if cfg.eval else None
     if cfg.eval:
-        if not head or head["classes"] != classes:
+        if not head or not (head.get("unnamed") or head["classes"] == classes):
             raise ValueError(f"{cfg.init} holds no classifier of the {len(classes)} classes {', '.join(classes)[:80]}")
         pool, head_norm = head["pool"], head["head_norm"]
-    options = dict(saved["arch"]["options"]) if saved else {}
-    if cfg.window:
-        options["window"] = cfg.window
+    options = (saved["arch"]["options"] if saved else {}) | ({"window": cfg.window} if cfg.window else {})
     if options.get("positions") == "shared_bias" and not linear:
         options["positions"] = "block_bias"  # as SimMIM fine-tunes: every block gets a table of its own
     encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, learn_positions=not linear,
@@ -180,7 +179,7 @@ def build_classifier(cfg, saved, classes):
     encoder.checkpointing = cfg.activation_checkpointing
     model = Classifier(encoder, len(classes), pool, head_norm)
     if saved:
-        weights.load_encoder(encoder, saved, cfg.init)
+        weights.load_encoder(encoder, saved, cfg.init, () if cfg.eval else model.export(classes)["tensors"])
     if cfg.eval:
         tensors = {**{f"encoder.{k}": v for k, v in encoder.state_dict().items()}, **head["tensors"]}
         checkpoint.load_exactly(model, tensors, cfg.init)

@@ -63,6 +63,7 @@ VIT = {"vit_tiny": (96, 4, 4), "vit_ti": (192, 12, 3), "vit_s": (384, 12, 6), "v
 # width of the first stage, depths, heads, hidden width of the continuous bias' MLP. T to L: Liu et al., 2021, and, for
 # the hidden width, UM-MAE's released code; tiny: ours, with --window 4 for 64-px images
 SWIN = {"swin_tiny": (32, (1, 1, 2, 1), (2, 2, 4, 4), 32), "swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24), 32),
+        "swin_s": (96, (2, 2, 18, 2), (3, 6, 12, 24), 32),
         "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32), 32), "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48), 64)}
 
 # widths, depths, heads, MLP ratios. S: Wang et al., 2021, as UM-MAE's released code has it; tiny: ours

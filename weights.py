@@ -1,39 +1,63 @@
-"""Weights that travel: from a run to fine-tuning, to other sizes of images and windows.
+"""Weights that travel: from a run to fine-tuning, to other sizes of images and windows; from elsewhere, to elsewhere.
 
 `encoder.pt` is {"arch": what models.build needs, "model": the encoder, "method": who made it, "step"}, and "classifier"
-after fine-tuning.
+after fine-tuning. What other code saved comes in the same form: layouts.py knows the names.
+
+    python weights.py show FILE                        which encoder it is, and its tensors
+    python weights.py export FILE --to timm OUT        or torchvision, or safetensors: the same weights for other code;
+                                                       an OUT that ends in .safetensors is of that format
 """
 
+import argparse
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import checkpoint
+import exports
+import layouts
 import models
+import tensorfile
+from options import Size, parse_value, user_errors
 
 
-def read_encoder(path):
-    """The content of an encoder.pt. ValueError if it is damaged, hostile or something else, such as a last.pt."""
-    saved = checkpoint.read(path)
-    arch = saved.get("arch") if isinstance(saved, dict) else None
+def read_encoder(path, size=(0, 0)):
+    """The content of an encoder.pt, or of published weights (.pth, .pt, .safetensors) in that form, with "notes" on
+    what was assumed. `size`: of the images that published weights were made for, zeros to infer it. ValueError if the
+    file is damaged, hostile or something else, such as a last.pt."""
+    old = False
+    if Path(path).suffix == ".safetensors":
+        saved = exports.unpack(*tensorfile.read(path))
+    else:
+        saved, old = checkpoint.read(path, foreign=True), checkpoint.is_old(path)
+    if not isinstance(saved, dict) or ("arch" not in saved and not {"config", "step"} <= saved.keys()):  # no last.pt
+        saved = layouts.foreign(saved, path, size)
+        saved["notes"] += ["a file this old has no checksums"] * old
+        return saved
+    arch = saved.get("arch")
     fits = isinstance(arch, dict) and isinstance(saved.get("model"), dict) and isinstance(arch.get("model"), str)
     fits = fits and isinstance(arch.get("options"), dict) and isinstance(arch.get("img_size"), list)
     numbers = [*arch["img_size"], arch.get("patch_size"), arch.get("in_chans")] if fits else []
+    head = saved.get("classifier", {"classes": [], "tensors": {}, "pool": "mean", "head_norm": "layer"})
+    kinds = {"classes": list, "tensors": dict, "pool": str, "head_norm": str}
     if len(numbers) != 4 or not all(isinstance(n, int) and 0 < n <= 2**16 for n in numbers) \
-            or not all(isinstance(arch.get(name), int | list) for name in ("width", "depth", "num_heads")):
+            or not all(isinstance(arch.get(name), int | list) for name in ("width", "depth", "num_heads")) \
+            or not isinstance(head, dict) or not all(isinstance(head.get(name), kinds[name]) for name in kinds):
         raise ValueError(f"{path} is not an encoder.pt of this project")
     return saved
 
 
-def load_encoder(encoder, saved, where):
-    """Copy the encoder of an encoder.pt, its positions resized if the grid differs, and say what was done.
+def load_encoder(encoder, saved, where, fresh=()):
+    """Copy the encoder of an encoder.pt, its tables and patch embedding resized to what `encoder` has, and say what was
+    done; `fresh` names what of a model is newly initialised beside the encoder.
 
-    ValueError if heads, depth, width, patch or channels differ (weights of 12 heads fit 6 heads, and are wrong there),
-    or if a tensor of the encoder would be left unset.
+    ValueError if heads, depth, width or patch differ (weights of 12 heads fit 6 heads, and are wrong there), or if a
+    tensor of the encoder would be left unset.
     """
     arch, tensors = saved["arch"], dict(saved["model"])
-    for name in ("model", "patch_size", "in_chans", "width", "depth", "num_heads"):
+    for name in ("model", "patch_size", "width", "depth", "num_heads"):
         if arch[name] != encoder.arch[name]:
             raise ValueError(f"{where} holds an encoder with {name} {arch[name]}, not {encoder.arch[name]}")
     for name in ("bias", "layer_scale"):
@@ -41,7 +65,9 @@ def load_encoder(encoder, saved, where):
         if there != here:
             raise ValueError(f"{where} holds an encoder with {name} {there}, not {here}")
     grid = tuple(n // arch["patch_size"] for n in arch["img_size"])
-    notes = adapt_bias_tables(tensors, arch, encoder, where)
+    method = "bicubic" if saved.get("method") == "FastMIM" else "geometric"  # each as its own fine-tuning
+    notes = [*saved.get("notes", []), *adapt_channels(tensors, arch, encoder, where),
+             *adapt_bias_tables(tensors, arch, encoder, where, method)]
     if grid != encoder.grid and "pos_embed" in tensors:
         rows = encoder.num_prefix + grid[0] * grid[1]
         checkpoint.require_like(torch.empty(1, rows, encoder.embed_width, device="meta"), tensors["pos_embed"], where)
@@ -52,9 +78,26 @@ def load_encoder(encoder, saved, where):
         notes.append(f"left over: {', '.join(over)}")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in over}
     checkpoint.load_exactly(encoder, tensors, where)
+    if fresh:
+        notes += ["left over: the classifier"] * ("classifier" in saved) + [f"newly initialised: {', '.join(fresh)}"]
     if os.environ.get("RANK", "0") == "0":
         notes = [f"loaded {len(tensors)} tensors of {arch['model']} from {where}", *notes]
-        print("; ".join(notes), flush=True)
+        print("\n  ".join(notes), flush=True)
+
+
+def adapt_channels(tensors, arch, encoder, where):
+    """Make the patch embedding fit images of other channels, and say so, as a list of lines: for one channel, the sum
+    over channels, which sees a grey image as before; else the channels in turn, scaled to keep the sum."""
+    name, old, new = "patch_embed.proj.weight", arch["in_chans"], encoder.arch["in_chans"]
+    if old == new:
+        return []
+    own, weight = encoder.state_dict().get(name), tensors.get(name)
+    if own is None or weight is None or weight.shape != (len(own), old, *own.shape[2:]):
+        raise ValueError(f"{where} holds an encoder with in_chans {old}, not {new}, and nothing that could be resized")
+    one = weight.sum(dim=1, keepdim=True)  # (D, 1, p, p)
+    tensors[name] = one if new == 1 else weight[:, torch.arange(new) % old] * (old / new)  # (D, new, p, p)
+    rule = "their sum" if new == 1 else f"the {old} in turn, times {old}/{new}"
+    return [f"patch embedding of {old} channels made one of {new}: {rule}"]
 
 
 def resize_positions(table, old_grid, new_grid, num_prefix=1):
@@ -66,11 +109,11 @@ def resize_positions(table, old_grid, new_grid, num_prefix=1):
     return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)  # (1, num_prefix + h'*w', D)
 
 
-def adapt_bias_tables(tensors, arch, encoder, where):
+def adapt_bias_tables(tensors, arch, encoder, where, method):
     """Make the bias tables among `tensors`, of the encoder that `arch` describes, fit `encoder`: one for all blocks
-    becomes one per block, and other windows get resized tables. Changes `tensors`; returns what was done, as lines."""
-    own, table, sizes = encoder.state_dict(), "relative_position_bias_table", set()
-    notes = []
+    becomes one per block, and other windows get resized tables, by `method`. Changes `tensors`; returns what was done,
+    as lines."""
+    own, table, sizes, notes = encoder.state_dict(), "relative_position_bias_table", set(), []
     if f"rel_pos_bias.{table}" in tensors and f"blocks.0.attn.{table}" in own:  # SimMIM's fine-tuning starts like this
         shared = tensors.pop(f"rel_pos_bias.{table}")
         tensors |= {name: shared for name in own if name.endswith(f".attn.{table}")}
@@ -82,9 +125,9 @@ def adapt_bias_tables(tensors, arch, encoder, where):
         if old != new:
             rows = (2 * old[0] - 1) * (2 * old[1] - 1) + (3 if stage is None else 0)  # 3: BEiT's, for a class token
             checkpoint.require_like(torch.zeros(rows, own[name].shape[1]), tensors[name], f"{where}, {name}")
-            tensors[name] = resize_bias_table(tensors[name], old, new)
+            tensors[name] = resize_bias_table(tensors[name], old, new, method)
             sizes.add(f"{old[0]}x{old[1]} to {new[0]}x{new[1]}")
-    return notes + [f"bias tables resized from {', '.join(sorted(sizes))}"] * bool(sizes)
+    return notes + [f"bias tables resized from {', '.join(sorted(sizes))} ({method})"] * bool(sizes)
 
 
 def resize_bias_table(table, old_window, new_window, method="geometric"):
@@ -129,3 +172,35 @@ def spline_matrix(places, radius):
 
     targets = torch.arange(-radius, radius + 1, dtype=torch.float64).clamp(places[0], places[-1])
     return torch.linalg.solve(basis(places), basis(targets), left=False)
+
+
+def show(saved, where):
+    """Print what a file holds."""
+    arch, head, tensors = saved["arch"], saved.get("classifier"), saved["model"]
+    print(f"{where}: {saved.get('method')}", *saved.get("notes", []), sep="\n  ")
+    print("  " + ", ".join(f"{name} {value}" for name, value in arch.items()))
+    if head:
+        print(f"  classifier: pool {head['pool']}, norm {head['head_norm']}, {len(head['classes'])} classes")
+    print(f"  {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M numbers")
+    for name, tensor in {**tensors, **(head["tensors"] if head else {})}.items():
+        print(f"    {name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name in ("show", "export"):
+        command = commands.add_parser(name)
+        command.add_argument("file", help="encoder.pt, or weights from elsewhere")
+        command.add_argument("--init_size", default="0", help="HxW of the images that the weights were made for")
+        if name == "export":
+            command.add_argument("--to", required=True, choices=["timm", "torchvision", "safetensors"])
+            command.add_argument("out", help="file to write; one that ends in .safetensors gets that format")
+    args = parser.parse_args(argv)
+    with user_errors():
+        saved = read_encoder(args.file, parse_value("init_size", Size, args.init_size))
+        show(saved, args.file) if args.what == "show" else exports.export(saved, args.file, args.to, args.out)
+
+
+if __name__ == "__main__":
+    main()

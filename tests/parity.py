@@ -1,13 +1,13 @@
 """Published numbers: cases in tests/golden, and the names that published weights have there, in ours."""
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
+import layouts
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))  # another directory of cases, same names
 
@@ -21,24 +21,16 @@ def case(name):
 
 
 def um_mae_names(name, depths):
-    """An encoder's name in UM-MAE's code, where blocks are one flat list and a stage's first one owns the merging."""
-    if match := re.match(r"blocks\.(\d+)\.(.*)", name):
-        block, rest, stage = int(match[1]), match[2], 0
-        while block >= depths[stage]:
-            block, stage = block - depths[stage], stage + 1
-        ahead = rest.startswith("downsample")
-        return f"layers.{stage - 1}.{rest}" if ahead else f"layers.{stage}.blocks.{block}.{rest}"
-    return name
+    """An encoder's name in UM-MAE's code -> ours."""
+    first = [sum(depths[:stage]) for stage in range(1, 4)]  # blocks that begin a stage, and own the merging before it
+    names = [f"blocks.{i}.{part}" for i in range(sum(depths)) for part in ["norm1.", *["downsample."] * (i in first)]]
+    return layouts.rename(name, layouts.flat_blocks(names))
 
 
-def encoder_tensors(weights, depths):
-    """The encoder's part of UM-MAE's weights under our names; its 1x1 convolutions are linear layers here."""
-    ours = {}
-    for name, tensor in weights.items():
-        if name.startswith(("patch_embed", "pos_embed", "blocks", "norm")):
-            flat = ".posmlp." in name or ".sr." in name
-            ours[um_mae_names(name, depths)] = tensor.flatten(1) if flat and tensor.dim() == 4 else tensor
-    return ours
+def encoder_tensors(weights):
+    """The encoder's part of published weights, under our names."""
+    tensors, _, _ = layouts.translate(weights)
+    return tensors
 
 
 def decoder_name(name):
@@ -51,11 +43,5 @@ def decoder_tensors(weights):
 
 
 def simmim_tensors(weights):
-    """The encoder's part of SimMIM's weights, and its mask token, under our names: without what we compute from sizes,
-    and with the biases of q and v joined by one of zeros for k, which no output depends on."""
-    ours = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
-    ours = {k: v for k, v in ours.items() if not k.endswith(("relative_position_index", "attn_mask"))}
-    for name in [name for name in ours if name.endswith("q_bias")]:
-        q, v = ours.pop(name), ours.pop(name.replace("q_bias", "v_bias"))
-        ours[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    return ours
+    """The encoder's part of SimMIM's weights, and its mask token, under our names."""
+    return {**encoder_tensors(weights), "mask_token": weights["encoder.mask_token"]}

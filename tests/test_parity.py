@@ -227,7 +227,7 @@ def test_um_mae(name, small):
     arrays, imgs, theirs = published(name)
     model = um_mae.UMMAE(um_mae.Config(model=name.removeprefix("um_mae_") + "_golden", img_size=(128, 128), window=8,
                                        decoder_depth=1, decoder_width=32, decoder_heads=HEADS))
-    tensors = {f"encoder.{k}": v for k, v in parity.encoder_tensors(theirs, DEPTHS).items()}
+    tensors = {f"encoder.{k}": v for k, v in parity.encoder_tensors(theirs).items()}
     tensors |= {f"decoder.{k}": v for k, v in parity.decoder_tensors(theirs).items()}
     tensors |= {"secondary_token": theirs["vis_mask_token"], "mask_token": theirs["mask_token"]}
     checkpoint.load_exactly(model, tensors, name)
@@ -322,7 +322,7 @@ def test_fine_tuning_um_mae(name, small):
     options = {"swin": {"bias": "continuous", "window": 8}, "pvt": {"reduction": (8, 4, 2, 1)}}[kind]
     model = finetune.Classifier(models.build(f"{kind}_golden", (64, 64), learn_positions=True, **options), 5)
     head = {k: v for k, v in theirs.items() if k.startswith(("fc_norm", "head"))}
-    encoder = {f"encoder.{k}": v for k, v in parity.encoder_tensors(theirs, DEPTHS).items()}
+    encoder = {f"encoder.{k}": v for k, v in parity.encoder_tensors(theirs).items() if k not in head}
     checkpoint.load_exactly(model, {**head, **encoder}, name)
     logits = model(imgs)
     check_tensor(logits, arrays["logits"])

@@ -1,0 +1,138 @@
+"""Weights for other code: the content of an encoder.pt under the names of timm or torchvision, whose own models then
+compute what ours does, or as it is in a safetensors file. What a target cannot express is refused.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import layouts
+import models
+from layers import offset_index, raster
+
+
+def export(saved, where, target, out):
+    """Write the content of an encoder.pt to `out` as `target` has it, and print how to load it there. ValueError, and
+    nothing written, if `target` has no such encoder or head, or if `out` exists."""
+    out = Path(out)
+    safe = out.suffix == ".safetensors"
+    if out.exists() or (target == "safetensors" and not safe):
+        raise ValueError(f"{out} is there already" if out.exists() else f"{out} should end in .safetensors")
+    arch, head = saved["arch"], saved.get("classifier")
+    both = {**saved["model"], **(head["tensors"] if head else {})}
+    with torch.device("meta"):
+        encoder = models.build(arch["model"], arch["img_size"], arch["patch_size"], arch["in_chans"], **arch["options"])
+    checkpoint.require_state(layouts.expected(encoder, head), both, where)
+    if target == "safetensors":
+        checkpoint.write(out, pack(saved))
+        return print(f"wrote {out}; finetune.py --init takes it")
+    require_known(saved, target)
+    tensors, call = {"timm": to_timm, "torchvision": to_torchvision}[target](saved)
+    checkpoint.write(out, (tensors, {"format": "pt"}) if safe else tensors)
+    load = f"safetensors.torch.load_file('{out}')" if safe else f"torch.load('{out}')"
+    strict = "" if head or target == "timm" else ", strict=False"
+    print(f"wrote {out}, to be loaded by\nmodel = {call}\nmodel.load_state_dict({load}{strict})")
+
+
+def to_timm(saved):
+    """({timm's name: tensor}, the call that makes the model) of an encoder.pt; `require_known` first."""
+    arch, (pool, norm, tensors) = saved["arch"], with_head(saved)
+    (h, w), K, model = arch["img_size"], len(tensors.get("head.weight", ())), "VisionTransformer"
+    sizes = f"img_size=({h}, {w}), patch_size={arch['patch_size']}, in_chans={arch['in_chans']}, num_classes={K}, "
+    if arch["model"] in models.VIT:
+        pool = {"cls": "token", "mean": "avg"}[pool]
+        sizes += (f"embed_dim={arch['width']}, depth={arch['depth']}, num_heads={arch['num_heads']}, "
+                  f"global_pool='{pool}', fc_norm={norm == 'layer'}")
+    else:
+        model, tensors = "SwinTransformer", renamed(tensors, layouts.TIMM_SWIN)
+        sizes += (f"embed_dim={arch['width'][0]}, depths={arch['depth']}, num_heads={arch['num_heads']}, "
+                  f"window_size={arch['options']['window']}")
+    return tensors, f"timm.models.{model}({sizes})"
+
+
+def to_torchvision(saved):
+    """({torchvision's name: tensor}, the call that makes the model) of an encoder.pt; `require_known` first."""
+    arch, (pool, _, tensors) = saved["arch"], with_head(saved)
+    K, (h, w) = len(tensors.get("head.weight", ())) or 1000, arch["img_size"]
+    if arch["in_chans"] != 3:
+        raise ValueError(f"torchvision's models take 3 channels, not {arch['in_chans']}; --to timm")
+    if arch["model"] in models.VIT:
+        if h != w or pool == "mean":
+            raise ValueError("torchvision's ViT takes square images and classifies by the class token; --to timm")
+        tensors = {name.replace("fc_norm", "norm"): tensor for name, tensor in tensors.items()}  # same
+        tensors = renamed(tensors, layouts.TORCHVISION_VIT)
+        D = arch["width"]
+        return tensors, (f"torchvision.models.VisionTransformer({h}, {arch['patch_size']}, {arch['depth']}, "
+                         f"{arch['num_heads']}, {D}, {4 * D}, num_classes={K})")
+    window = arch["options"]["window"]
+    if min(models.window_sizes((h, w), window)[3]) < window:
+        raise ValueError(f"torchvision's Swin has windows of {window} in all stages, too large in the last; --to timm")
+    tensors = renamed(tensors, layouts.TORCHVISION_SWIN)
+    index = offset_index(raster((window, window)), (window, window)).flatten()  # a buffer that it saves
+    for name in [name for name in tensors if name.endswith("bias_table")]:
+        tensors[name.replace("bias_table", "index")] = index
+    return tensors, (f"torchvision.models.SwinTransformer([4, 4], {arch['width'][0]}, {arch['depth']}, "
+                     f"{arch['num_heads']}, [{window}, {window}], num_classes={K})")
+
+
+def require_known(saved, target):
+    """ValueError, in one line, unless timm and torchvision have an encoder, and a head, like those in `saved`."""
+    arch, head, options = saved["arch"], saved.get("classifier"), saved["arch"]["options"]
+    vit, swin = (arch["model"] in table for table in (models.VIT, models.SWIN))
+    if not (vit and options["positions"] == "absolute") and not (swin and options["bias"] == "table"):
+        raise ValueError(f"{target} has no encoder like {arch['model']} {options}; --to safetensors keeps it as it is")
+    if vit:
+        return
+    if head and (head["pool"], head["head_norm"]) not in (("mean", "none"), ("mean", "batch")):
+        raise ValueError(f"{target}'s Swin norms its tokens before their mean, not after it: fine-tune it with "
+                         "--head_norm none, or export the encoder of the pre-training run")
+    for grid, window in zip(((-(-n // 2**s) for n in arch["img_size"]) for s in range(2, 6)),
+                            models.window_sizes(arch["img_size"], options["window"]), strict=True):
+        if any(n % side for n, side in zip(grid, window, strict=True)):
+            raise ValueError(f"windows of {options['window']} do not tile images of {arch['img_size']}, and {target}'s "
+                             "Swin looks at the padding, which ours does not")
+
+
+def renamed(tensors, table):
+    """Tensors of our names under theirs, by a table of layouts.py."""
+    names = {ours: theirs for theirs, ours in table.items()}
+    return {layouts.rename(name, names): tensor for name, tensor in tensors.items()}
+
+
+def with_head(saved):
+    """(pool, norm, tensors of encoder and head) of an encoder.pt. A BatchNorm without affine is folded into the linear
+    head behind it, and so leaves none; without a classifier, pool and norm are those of a class token."""
+    head = saved.get("classifier")
+    if not head:
+        return "cls", "none", saved["model"]
+    tensors, norm = dict(head["tensors"]), head["head_norm"]
+    if norm == "batch":
+        mean, var = tensors.pop("fc_norm.running_mean"), tensors.pop("fc_norm.running_var")
+        tensors.pop("fc_norm.num_batches_tracked")
+        weight = tensors["head.weight"] / (var + 1e-6).sqrt()  # (K, D); 1e-6: finetune.Classifier's eps
+        tensors |= {"head.weight": weight, "head.bias": tensors["head.bias"] - weight @ mean}
+    return head["pool"], "layer" if norm == "layer" else "none", {**saved["model"], **tensors}
+
+
+def pack(saved):
+    """(tensors, metadata) for a safetensors file, of the content of an encoder.pt: names cannot clash."""
+    head = saved.get("classifier", {})
+    about = {"arch": saved["arch"], "method": saved.get("method"), "step": saved.get("step")}
+    if head:
+        about["classifier"] = {name: value for name, value in head.items() if name != "tensors"}
+    return {**saved["model"], **head.get("tensors", {})}, {"format": "pt", "encoder": json.dumps(about)}
+
+
+def unpack(tensors, about):
+    """The inverse of `pack`, or the tensors alone if there is no such metadata."""
+    try:
+        saved = json.loads(about["encoder"])
+        head = {name: tensors[name] for name in tensors if name.startswith(("head.", "fc_norm."))}
+        saved["model"] = {name: tensor for name, tensor in tensors.items() if name not in head}
+        if "classifier" in saved:
+            saved["classifier"]["tensors"] = head
+        return saved
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):  # of somebody else
+        return tensors
