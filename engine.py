@@ -60,12 +60,14 @@ def lengths(cfg, steps_per_epoch):
 
 def parameter_groups(model, weight_decay, layer_scale=lambda name: 1.0):
     """AdamW's groups: no weight decay for what has one dimension, nor for class and mask tokens, position and bias
-    tables; `lr_scale` from `layer_scale(parameter name)`. The groups are asserted to hold every parameter once."""
+    tables, scales; `lr_scale` from `layer_scale(parameter name)`. The groups are asserted to hold every parameter once.
+    """
     # DIFF: class and mask tokens and bias tables are never decayed; the released pre-training codes decay some of them.
     groups = {}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for name, parameter in trainable:
-        exempt = parameter.dim() <= 1 or name.endswith(("bias", "_token", "pos_embed", "bias_table"))
+        exempt = parameter.dim() <= 1 or name.endswith(("bias", "_token", "pos_embed", "bias_table", "_scale"))
+        exempt = exempt or ".cpb_mlp." in name  # what makes the bias table of torchvision's Swin V2
         scale, decay = layer_scale(name), 0.0 if exempt else weight_decay
         new = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
         group = groups.setdefault((scale, decay), new)

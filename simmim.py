@@ -80,7 +80,7 @@ class SimMIM(nn.Module):
         self.encoder.checkpointing = cfg.activation_checkpointing
         if not self.encoder.patchwise:
             raise ValueError(f"--model {cfg.model} has no tokens that stand for one patch each, to put mask tokens in "
-                             "their place; it takes a method that masks pixels")
+                             "their place; fastmim.py, which masks pixels, takes it")
         unit, stride, out = cfg.mask_unit, self.encoder.stride, self.encoder.out_stride
         if unit < 1 or unit % stride:
             raise ValueError(f"--mask_unit {unit} must be divisible by {stride}, the patches of {cfg.model}")

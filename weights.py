@@ -118,7 +118,7 @@ def adapt_bias_tables(tensors, arch, encoder, where, method):
         shared = tensors.pop(f"rel_pos_bias.{table}")
         tensors |= {name: shared for name in own if name.endswith(f".attn.{table}")}
         notes.append("one bias table for all blocks copied to every block")
-    for name in [name for name in tensors if name.endswith(table) and name in own]:
+    for name in [name for name in tensors if name.endswith(table) and name in own and not name.startswith("net.")]:
         stage = int(name.split(".")[1]) if name.startswith("layers.") else None  # None: a ViT, one window over the grid
         old, new = (tuple(n // a["patch_size"] for n in a["img_size"]) if stage is None else
                     models.window_sizes(a["img_size"], a["options"]["window"])[stage] for a in (arch, encoder.arch))
