@@ -26,6 +26,7 @@ import figures
 BUDGET = {200: 20, 500: 8}  # labels: epochs that make 120 steps of 32 images
 ARMS = {"pre-trained": 1, "scratch": 1, "scratch, 2x budget": 2, "scratch, 4x budget": 4}
 LEARNS = {  # name: words of its pre-training
+    "MAE ViT": "mae.py --config configs/tiny.yaml",
     "SimMIM ViT": "simmim.py --config configs/simmim_tiny.yaml --model vit_tiny --patch_size 8",
     "SimMIM Swin": "simmim.py --config configs/simmim_tiny.yaml",
     "UM-MAE ViT": "um_mae.py --config configs/um_mae_tiny.yaml --model vit_tiny --patch_size 8",
@@ -36,6 +37,12 @@ LEARNS = {  # name: words of its pre-training
     "FastMIM PVTv2": "fastmim.py --config configs/fastmim_tiny.yaml --model pvtv2_tiny --patch_size 0 --mask_unit 8",
 }
 SHORT = ["--epochs", 2, "--warmup_epochs", 0.16]  # 1,250 steps of 32 images, a quarter of the recipe
+TESTS = {  # name: words of its finetune.py
+    "200 labels": ["--labels", 200, "--epochs", BUDGET[200]],
+    "500 labels": ["--labels", 500, "--epochs", BUDGET[500]],
+    # The head starts as the logistic regression on frozen features, and the only step has a learning rate of 0.
+    "linear, 500 labels": ["--labels", 500, "--epochs", BUDGET[500], "--mode", "linear", "--max_steps", 1],
+}
 
 
 def run(script, *words, out, again="--overwrite"):
@@ -56,10 +63,10 @@ def run(script, *words, out, again="--overwrite"):
     ended.write_text(" ".join(command))
 
 
-def finetune(out, start, labels, seed, budget=1, again="--overwrite"):
-    """Top-1 on the test images, in per cent; `start`: words that say what the encoder starts from."""
-    run("finetune.py", "--config", "configs/finetune_tiny.yaml", *start, "--labels", labels, "--epochs",
-        BUDGET[labels] * budget, "--split", "test", "--seed", seed, out=out, again=again)
+def finetune(out, *words, seed, again="--overwrite"):
+    """Top-1 on the test images, in per cent; `words` say what the encoder starts from, and what is done with it."""
+    run("finetune.py", "--config", "configs/finetune_tiny.yaml", *words, "--split", "test", "--seed", seed, out=out,
+        again=again)
     return json.loads((out / "result.json").read_text())["top1"]
 
 
@@ -72,9 +79,9 @@ def one_seed(folder, seed):
         try:
             for labels in BUDGET:
                 for arm in list(ARMS)[1:]:
-                    out = folder / f"{arm.replace(', ', '_').replace(' ', '_')}_{labels}"
-                    start = ["--model", "vit_tiny", "--patch_size", 8]
-                    top1[labels][arm] = finetune(out, start, labels, seed, ARMS[arm])
+                    out = folder / f"{slug(arm)}_{labels}"
+                    words = ["--labels", labels, "--epochs", BUDGET[labels] * ARMS[arm]]
+                    top1[labels][arm] = finetune(out, "--model", "vit_tiny", "--patch_size", 8, *words, seed=seed)
         except SystemExit as error:  # a thread's exit ends the thread alone
             failed.append(error)
 
@@ -82,8 +89,8 @@ def one_seed(folder, seed):
     beside.start()
     run("mae.py", "--config", "configs/tiny.yaml", "--seed", seed, out=folder / "mae")
     for labels in BUDGET:
-        start = ["--init", folder / "mae" / "encoder.pt"]
-        top1[labels]["pre-trained"] = finetune(folder / f"pre-trained_{labels}", start, labels, seed)
+        words = ["--init", folder / "mae" / "encoder.pt", "--labels", labels, "--epochs", BUDGET[labels]]
+        top1[labels]["pre-trained"] = finetune(folder / f"pre-trained_{labels}", *words, seed=seed)
     beside.join()
     if failed:
         raise failed[0]
@@ -102,31 +109,36 @@ def table(results):
     return "\n".join(lines)
 
 
+def slug(name):
+    return name.replace(",", "").replace(" ", "_")
+
+
 def log_of(folder):
     return [json.loads(line) for line in open(folder / "log.jsonl")]
 
 
 def pair(folder, name, seed):
-    """{"200": {"pre-trained": top-1, "scratch": top-1}, ..., "log": its first and last line} of a method and seed."""
-    folder, result = folder / name.lower().replace(" ", "_") / f"seed{seed}", {}
+    """{test: {"pre-trained": top-1, "scratch": top-1}, ..., "log": its first and last line} of a method and seed."""
+    folder, result = folder / slug(name) / f"seed{seed}", {}
     words = [*LEARNS[name].split(), *SHORT, "--seed", seed, "--picture_epochs", 0]
     for arm, more in ("pre-trained", []), ("scratch", ["--max_steps", 1]):
         run(*words, *more, out=folder / arm, again="--resume")
-        for labels in BUDGET:
-            out, start = folder / f"{arm}_{labels}", ["--init", folder / arm / "encoder.pt"]
-            result.setdefault(str(labels), {})[arm] = finetune(out, start, labels, seed, again="--resume")
+        for test, how in TESTS.items():
+            start = ["--init", folder / arm / "encoder.pt"]
+            top1 = finetune(folder / slug(f"{arm} {test}"), *start, *how, seed=seed, again="--resume")
+            result.setdefault(test, {})[arm] = top1
     log = log_of(folder / "pre-trained")
     return {**result, "log": [log[0], log[-1]]}
 
 
 def learns_table(results):
     """A markdown table of {method: {seed: result of `pair`}}: mean over seeds (lowest to highest)."""
-    arms = [(str(labels), arm) for labels in BUDGET for arm in list(ARMS)[:2]]
-    lines = ["| method | seeds | " + " | ".join(f"{arm}, {labels} labels" for labels, arm in arms) + " |",
-             "|---" * 6 + "|"]
+    columns = [(test, arm) for test in TESTS for arm in list(ARMS)[:2]]
+    lines = ["| method | seeds | " + " | ".join(f"{test}: {arm}" for test, arm in columns) + " |",
+             "|---" * (2 + len(columns)) + "|"]
     for name, seeds in results.items():
-        columns = [[result[labels][arm] for result in seeds.values()] for labels, arm in arms]
-        cells = " | ".join(f"{statistics.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in columns)
+        values = [[result[test][arm] for result in seeds.values()] for test, arm in columns]
+        cells = " | ".join(f"{statistics.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in values)
         lines.append(f"| {name} | {len(seeds)} | {cells} |")
     return "\n".join(lines)
 
@@ -134,7 +146,7 @@ def learns_table(results):
 def learns(out, seeds, jobs):
     """All of LEARNS, first with the first seed; the result file is written anew whenever one of them is done."""
     path = Path("results/learns.json") if len(seeds) >= 3 else out / "learns.json"
-    record = {"pretraining": LEARNS, "options": SHORT, "budget_epochs": BUDGET, "results": {}}
+    record = {"pretraining": LEARNS, "options": SHORT, "tests": TESTS, "results": {}}
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     tasks = {pool.submit(pair, out, name, seed): (name, seed) for seed in seeds for name in LEARNS}
     try:

@@ -34,13 +34,15 @@ def commands(monkeypatch, tmp_path):
 def test_learns_compares_equal_runs(commands, capsys):
     """Both arms are the same commands, but for where they start: at a pre-training, or at one stopped at once."""
     demo.main(["--what", "learns", "--seeds", "0 1 2", "--out", "runs", "--jobs", "2"])
-    assert len(commands) == 3 * len(demo.LEARNS) * 6  # two encoders, each fine-tuned with two numbers of labels
+    each = 2 * (1 + len(demo.TESTS))  # two encoders, and what they are put to
+    assert len(commands) == 3 * len(demo.LEARNS) * each
     pretrained, scratch = ([c for c in commands if f"/{arm}" in c] for arm in ("pre-trained", "scratch"))
-    alike = [c.replace("/scratch", "/pre-trained").replace(" --max_steps 1 ", " ") for c in scratch]
-    assert sorted(pretrained) == sorted(alike)
-    assert sum(" --max_steps 1 " in c for c in commands) == 3 * len(demo.LEARNS)
+    stopped = [c for c in scratch if "finetune.py" not in c]
+    assert len(stopped) == 3 * len(demo.LEARNS) and all(" --max_steps 1 " in c for c in stopped)
+    alike = [c.replace(" --max_steps 1 ", " ") if c in stopped else c for c in scratch]
+    assert sorted(pretrained) == sorted(c.replace("/scratch", "/pre-trained") for c in alike)
     record = json.loads(Path("results/learns.json").read_text())
-    tops = {labels: {"pre-trained": 50, "scratch": 40} for labels in ("200", "500")}
+    tops = {test: {"pre-trained": 50, "scratch": 40} for test in demo.TESTS}
     ends = {"log": [{"step": 100, "loss": 2.0}, {"step": 1250, "loss": 1.0}]}
     assert record["results"] == {name: dict.fromkeys("012", tops | ends) for name in demo.LEARNS}
     assert "| UM-MAE PVT | 3 | 50.0 (50.0 to 50.0) | 40.0 (40.0 to 40.0) |" in capsys.readouterr().out
@@ -51,7 +53,7 @@ def test_learns_goes_on_where_it_was_stopped(commands):
     with pytest.raises(SystemExit, match="failed"):
         demo.main(["--what", "learns", "--seeds", "0 13", "--out", "runs", "--jobs", "1"])
     done = [c for c in commands if " --seed 0 " in c]
-    assert len(done) == 6 * len(demo.LEARNS) and " --resume" in commands[-1]
+    assert len(done) == 2 * (1 + len(demo.TESTS)) * len(demo.LEARNS) and " --resume" in commands[-1]
     commands.clear()
     demo.main(["--what", "learns", "--seeds", "0", "--out", "runs"])
     assert not commands
