@@ -87,3 +87,23 @@ def demo(path, results, logs):
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     save(path)
+
+
+def dense(path, results, scores):
+    """One panel a task of {task: {mode: {arm: [score of each seed]}}}, named by {task: its score}: bars are means over
+    seeds, dots are seeds."""
+    figure, save = new_figure(9.6, 3.4)
+    for axis, (task, modes) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
+        for group, arms in enumerate(modes.values()):
+            for i, (arm, values) in enumerate(arms.items()):
+                x, mean = group + 0.25 * (i - 1), sum(values) / len(values)
+                axis.bar(x, mean, 0.22, color=["#d1495b", "#52687a", "#c9d6df"][i], label=None if group else arm)
+                axis.plot([x] * len(values), values, "k.", ms=3)
+                axis.annotate(f"{mean:.3g}", (x, max(values)), (0, 3), textcoords="offset points", ha="center",
+                              fontsize=8)
+        axis.set_xticks(range(len(modes)), modes)
+        axis.set(title=task, ylabel=scores[task])
+        axis.margins(y=0.3)
+        axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
+        axis.spines[["top", "right"]].set_visible(False)
+    save(path)

@@ -116,9 +116,8 @@ def accuracy(cfg, run, model, dataset):
 
 @torch.no_grad()
 def pictures(model, dataset, run, n=8):
-    """{row title: (n, C, H, W) in [0, 1]}: images evenly spaced over a data set, their labels, what is predicted."""
-    n = min(n, len(dataset))
-    imgs, labels = dataset.__getitems__([(0, k * len(dataset) // n, k) for k in range(n)])[0]
+    """{row title: (n, C, H, W) in [0, 1]}: the first images of a data set, their labels, what is predicted."""
+    imgs, labels = dataset.__getitems__(data.in_order(min(n, len(dataset)), n)[0])[0]
     output = model.eval()(data.normalize(imgs.to(run.device))).float().cpu()
     return {"image": imgs / 255, "label": model.task.paint(labels),
             "prediction": model.task.paint(model.task.predict(output))}
