@@ -41,7 +41,8 @@ class Config(engine.RunConfig):
 
     # DIFF: a light head and a cosine schedule; UM-MAE and MAE have UperNet, UM-MAE and SECRETS a polynomial schedule.
     task: str = "segment"  # segment: a class for every pixel; depth: metres
-    init: str = "none"  # encoder.pt of a pre-training, fine-tuning or dense run; none for random weights
+    init: str = "none"  # encoder.pt of any run, or published weights; none for random weights
+    init_size: engine.Size = (0, 0)  # of the images that published weights were made for, where they do not tell
     freeze: bool = False  # train the head alone
     model: str = "auto"  # vit_tiny, vit_b, swin_t, ..., see models.py; auto takes it from --init
     patch_size: int = 0  # pixels; 0 takes it from --init, or is 16 for a ViT and 4 for a pyramid
@@ -113,7 +114,7 @@ class Dense(nn.Module):
     def export(self):
         """What encoder.pt needs beside the encoder to predict again: plain data and the tensors of the head."""
         tensors = {k: v for k, v in self.state_dict().items() if not k.startswith("encoder.")}
-        return {"task": self.task.about, "width": self.laterals[0].out_features, "tensors": tensors}
+        return {"task": self.task.about, "tensors": tensors}
 
     def depth_below(self, name):
         """How many layers a parameter lies below the head, for layer decay: 0 for the head itself."""
@@ -133,13 +134,13 @@ def resolve(cfg):
             raise ValueError("--eval needs an encoder and its head in --init, and training without --init a --model")
         arch, saved = {"in_chans": cfg.in_chans or 3, "img_size": (224, 224)}, None
     else:
-        saved = weights.read_encoder(cfg.init)
+        saved = weights.read_encoder(cfg.init, cfg.init_size)
         arch = {name: saved["arch"][name] for name in ("model", "patch_size", "in_chans", "img_size")}
-    for name in arch.keys() - {"img_size"}:
+    for name in arch.keys() - {"img_size", "in_chans"}:
         if getattr(cfg, name) not in ("auto", 0, arch[name]):
             raise ValueError(f"--{name} {getattr(cfg, name)}, but the encoder in {cfg.init} has {name} {arch[name]}")
     size = cfg.img_size if any(cfg.img_size) else tuple(arch["img_size"])
-    return dataclasses.replace(cfg, **{**arch, "img_size": size}), saved
+    return dataclasses.replace(cfg, **{**arch, "img_size": size, "in_chans": cfg.in_chans or arch["in_chans"]}), saved
 
 
 def build_dense(cfg, saved, classes):
@@ -147,11 +148,11 @@ def build_dense(cfg, saved, classes):
     ValueError, in one line, if `saved` does not fit, or holds no head for this task and these classes to evaluate."""
     task, width = TASKS[cfg.task](classes, cfg.max_depth), cfg.head_width
     if cfg.eval:
-        head = saved.get("dense")
-        if not head or head["task"] != task.about:
-            held = head["task"][:80] if head else "none at all"
-            raise ValueError(f"{cfg.init} holds no head for {task.about[:80]}, but {held}")
-        width = head["width"]
+        head = saved["dense"] if isinstance(saved.get("dense"), dict) else {"task": "none at all"}
+        tensors = head["tensors"] if isinstance(head.get("tensors"), dict) else {}
+        if head.get("task") != task.about or not torch.is_tensor(tensors.get("laterals.0.bias")):
+            raise ValueError(f"{cfg.init} holds no head for {task.about[:80]}, but {str(head.get('task'))[:80]}")
+        width = tensors["laterals.0.bias"].numel()
     options = dict(saved["arch"]["options"]) if saved else {}
     if cfg.window:
         options["window"] = cfg.window
@@ -162,9 +163,9 @@ def build_dense(cfg, saved, classes):
     encoder.checkpointing = cfg.activation_checkpointing
     model = Dense(encoder, task, cfg.img_size, width, cfg.freeze)
     if saved:
-        weights.load_encoder(encoder, saved, cfg.init)
+        weights.load_encoder(encoder, saved, cfg.init, () if cfg.eval else model.export()["tensors"])
     if cfg.eval:
-        tensors = {**{f"encoder.{k}": v for k, v in encoder.state_dict().items()}, **head["tensors"]}
+        tensors = {**tensors, **{f"encoder.{k}": v for k, v in encoder.state_dict().items()}}
         checkpoint.load_exactly(model, tensors, cfg.init)
     return model
 

@@ -394,11 +394,12 @@ def test_another_task_or_no_head_is_not_evaluated(words_of, call, tmp_path, fini
     done = call(dense.main, [*words, "--out", tmp_path / "eval"])
     assert done.code == 2 and "holds no head for depth" in done.err and "segment: sky, sea, land" in done.err
     saved = torch.load(finished["segment"] / "encoder.pt")
-    del saved["dense"]
-    torch.save(saved, tmp_path / "encoder.pt")
     words = words_of(init=tmp_path / "encoder.pt", model=None, patch_size=None, eval="true", out=tmp_path / "eval")
-    done = call(dense.main, words)
-    assert done.code == 2 and "none at all" in done.err and not (tmp_path / "eval").exists()
+    for head in (None, 3, {"task": saved["dense"]["task"]}, {**saved["dense"], "tensors": {"laterals.0.bias": 1}}):
+        torch.save({**saved, "dense": head}, tmp_path / "encoder.pt")
+        done = call(dense.main, words)
+        assert done.code == 2 and "holds no head" in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "eval").exists()
 
 
 def test_a_single_bad_label_is_replaced_and_named(folders, tmp_path):
