@@ -248,7 +248,7 @@ def reconstruct(model, imgs, noise):
     rows = {"view 1": one, "masked": one.masked_fill(hidden, 0.0), "prediction" + note: pred,
             "prediction\nand visible": torch.where(hidden, pred, one), "view 2": two}
     if model.views == 2:
-        rows["masked "] = two.masked_fill(mask[B:, :, None], 0.0)
+        rows["view 2\nmasked"] = two.masked_fill(mask[B:, :, None], 0.0)
     return {title: data.denormalize(models.unpatchify(row, p, grid)) for title, row in rows.items()}
 
 

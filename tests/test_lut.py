@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal, finish, log_of, start, torchrun
+from conftest import ROOT, equal, finish, log_of, start, torchrun
 from PIL import Image, ImageFilter, ImageOps
 
 import data
@@ -17,6 +17,7 @@ import engine
 import layers
 import lut
 import models
+import options
 import transforms
 
 SMALL = {"model": "vit_tiny", "img_size": (32, 32), "patch_size": 8, "decoder_depth": 1, "decoder_width": 32,
@@ -446,3 +447,9 @@ def test_reconstruct_undoes_the_target_and_shows_both_masks(options, monkeypatch
         row, whole = models.patchify(row, 8), models.patchify(whole, 8)
         assert torch.equal(row[~mask], whole[~mask]) and not torch.equal(row[mask], whole[mask])
     assert sum("true mean" in title for title in rows) == (model.cfg.target == "norm_pixels")
+
+
+def test_defaults_are_the_main_recipe():
+    defaults, recipe = lut.Config(), ROOT / "configs" / "lut_vit_b.yaml"
+    told = vars(options.configure(lut.Config, "", ["--config", str(recipe)]))
+    assert {name for name, value in told.items() if value != getattr(defaults, name)} == {"workers"}
