@@ -45,6 +45,12 @@ def to_timm(saved):
         pool = {"cls": "token", "mean": "avg"}[pool]
         sizes += (f"embed_dim={arch['width']}, depth={arch['depth']}, num_heads={arch['num_heads']}, "
                   f"global_pool='{pool}', fc_norm={norm == 'layer'}")
+    elif arch["model"] in models.PVT2:
+        widths, depths, heads, ratios = models.PVT2[arch["model"]]
+        tensors = {f"stages.3.{name}" if name.startswith("norm.") else name: t for name, t in tensors.items()}
+        model, sizes = "PyramidVisionTransformerV2", (
+            f"in_chans={arch['in_chans']}, num_classes={K}, embed_dims={widths}, depths={depths}, num_heads={heads}, "
+            f"mlp_ratios={ratios}")
     else:
         model, tensors = "SwinTransformer", renamed(tensors, layouts.TIMM_SWIN)
         sizes += (f"embed_dim={arch['width'][0]}, depths={arch['depth']}, num_heads={arch['num_heads']}, "
@@ -78,21 +84,22 @@ def to_torchvision(saved):
 
 
 def require_known(saved, target):
-    """ValueError, in one line, unless timm and torchvision have an encoder, and a head, like those in `saved`."""
+    """ValueError, in one line, unless timm or torchvision has an encoder, and a head, like those in `saved`."""
     arch, head, options = saved["arch"], saved.get("classifier"), saved["arch"]["options"]
-    vit, swin = (arch["model"] in table for table in (models.VIT, models.SWIN))
-    if not (vit and options["positions"] == "absolute") and not (swin and options["bias"] == "table"):
+    vit, swin, pvt2 = (arch["model"] in sizes for sizes in (models.VIT, models.SWIN, models.PVT2))
+    known = (vit and options["positions"] == "absolute") or (swin and options["bias"] == "table")
+    if not known and not (pvt2 and target == "timm"):
         raise ValueError(f"{target} has no encoder like {arch['model']} {options}; --to safetensors keeps it as it is")
     if vit:
         return
     if head and (head["pool"], head["head_norm"]) not in (("mean", "none"), ("mean", "batch")):
-        raise ValueError(f"{target}'s Swin norms its tokens before their mean, not after it: fine-tune it with "
+        raise ValueError(f"{target}'s pyramids norm their tokens before the mean, not after it: fine-tune with "
                          "--head_norm none, or export the encoder of the pre-training run")
-    for grid, window in zip(((-(-n // 2**s) for n in arch["img_size"]) for s in range(2, 6)),
-                            models.window_sizes(arch["img_size"], options["window"]), strict=True):
-        if any(n % side for n, side in zip(grid, window, strict=True)):
-            raise ValueError(f"windows of {options['window']} do not tile images of {arch['img_size']}, and {target}'s "
-                             "Swin looks at the padding, which ours does not")
+    maps = [[-(-n // 2**s) for n in arch["img_size"]] for s in range(2, 6)]
+    sides = models.window_sizes(arch["img_size"], options["window"]) if swin else [(8, 8), (4, 4), (2, 2), (1, 1)]
+    if any(n % side for pair in zip(maps, sides, strict=True) for n, side in zip(*pair, strict=True)):
+        raise ValueError(f"{arch['model']} {options} does not tile images of {arch['img_size']}, and {target}'s treats "
+                         "what is left over in another way")
 
 
 def renamed(tensors, table):

@@ -40,6 +40,7 @@ LAYOUTS = [
     ("torchvision's ViT", r"conv_proj\.", TORCHVISION_VIT | {"mlp.linear_1.": "mlp.fc1.", "mlp.linear_2.": "mlp.fc2."}),
     ("torchvision's Swin", r"features\.0\.0\.", TORCHVISION_SWIN),
     ("timm's Swin", r"layers\.3\.downsample\.", TIMM_SWIN),
+    ("timm's PVTv2", r"stages\.0\.blocks\.0\.attn\.kv\.", {"stages.3.norm.": "norm."}),
     ("UM-MAE's pyramids", r"blocks\.\d+\.attn\.(posmlp|sr)\.", None),
     ("SimMIM's code", r"encoder\.patch_embed\.", {"encoder.": ""}),
     ("MAE's code or timm", r"patch_embed\.", {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}),
@@ -96,8 +97,8 @@ def join(tensors):
             parts = [tensors[name.replace("query", part)] for part in ("query", "key", "value")]
             joined[name.replace("query", "qkv")] = torch.cat(parts)
         elif not re.search(r"\.(v_bias|attn\.key\.\w+|attn\.value\.\w+)$", name):
-            flat = tensor.dim() == 4 and re.search(r"\.(posmlp\.\d|sr)\.", name)
-            joined[name] = tensor.flatten(1) if flat else tensor
+            linear = tensor.shape[2:] == (1, 1) and re.search(r"\.(posmlp\.\d|sr)\.", name)
+            joined[name] = tensor.flatten(1) if linear else tensor
     return joined
 
 
@@ -111,11 +112,13 @@ def infer(tensors, size=(0, 0)):
     """(encoder of these tensors, under our names, without storage; what was assumed, as lines). `size`: of the images
     that the weights were made for; zeros to infer it. ValueError if models.py has no encoder of these sizes."""
     width, in_chans, patch_size = (tensors["patch_embed.proj.weight"].shape[i] for i in range(3))
-    blocks = {match[0] for name in tensors if (match := re.match(r"(layers\.\d+\.)?blocks\.\d+\.", name))}
+    blocks = {match[0] for name in tensors if (match := re.match(r"((layers|stages)\.\d+\.)?blocks\.\d+\.", name))}
     depths = collections.Counter(name.partition("blocks.")[0] for name in blocks)
     depths = [depths[stage] for stage in sorted(depths)]
-    swin = "layers.0.blocks.0.attn.qkv.weight" in tensors
-    kind = infer_vit if "blocks.0.norm1.weight" in tensors else infer_swin if swin else infer_pvt
+    kinds = {"blocks.0.norm1.weight": infer_vit, "layers.0.blocks.0.attn.qkv.weight": infer_swin,
+             "layers.0.blocks.0.attn.kv.weight": infer_pvt, "stages.0.blocks.0.attn.kv.weight": infer_pvt2}
+    kind = next((kind for name, kind in kinds.items() if name in tensors), infer_vit)
+    patch_size = patch_size if kind is infer_vit else 4  # pyramids have no other; PVTv2's patches overlap
     sizes, found, side, options, notes = kind(tensors, width, depths)
     model = next((name for name, numbers in sizes.items() if numbers[: len(found)] == found), None)
     if model is None:
@@ -157,6 +160,11 @@ def infer_pvt(tensors, width, depths):
     widths = tuple(len(tensors[f"layers.{s}.blocks.0.norm1.weight"]) for s in range(len(depths)))
     notes = ["keys taken to be pooled by 8,4,2,1, as UM-MAE fine-tunes"]
     return models.PVT, (widths, tuple(depths)), root(tensors["pos_embed"].shape[1]), {"reduction": (8, 4, 2, 1)}, notes
+
+
+def infer_pvt2(tensors, width, depths):
+    widths = tuple(len(tensors[f"stages.{s}.blocks.0.norm1.weight"]) for s in range(len(depths)))
+    return models.PVT2, (widths, tuple(depths)), 56, {}, ["images taken to be of 224 px: it fits any (--init_size)"]
 
 
 def classifier_of(tensors):

@@ -11,7 +11,7 @@ METHODS = [name for name in ("mae", "simmim", "um_mae", "fastmim", "lut") if (RO
 LIMITS = {"mae": 260, "simmim": 250, "um_mae": 320, "fastmim": 310, "lut": 320, "finetune": 340, "analyze": 360,
           "weights": 240, "dense": 260, "models": 520, "data": 300, "engine": 300, "bench": 265,
           "evaluate": 200, "backbones": 280}
-LIMITS |= {"checkpoint": 180, "layouts": 250, "exports": 140, "tensorfile": 100}
+LIMITS |= {"checkpoint": 180, "layouts": 250, "exports": 150, "tensorfile": 100}
 
 
 def text_of(name):

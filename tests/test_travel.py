@@ -442,11 +442,13 @@ def exported(saved, target, path):
 
 
 SWIN, WIDE = ("swin_tiny", (64, 64)), ("swin_tiny", (64, 128))
+PVT2 = ("pvtv2_tiny", (64, 96))
 EXPORTS = [("timm", VIT, {}, "mean", "layer"), ("timm", VIT, {}, "cls", "none"), ("timm", VIT, {}, "cls", "layer"),
            ("timm", VIT, {}, "mean", "none"), ("timm", VIT, {}, "mean", "batch"), ("timm", VIT, {}, "cls", "batch"),
            ("timm", ("vit_tiny", (16, 32), 4, 5), {}, "mean", "layer"),
            ("timm", SWIN, {"window": 4}, "mean", "none"), ("timm", WIDE, {"window": 4}, "mean", "none"),
            ("timm", SWIN, {"window": 2}, "mean", "batch"),
+           ("timm", PVT2, {}, "mean", "none"), ("timm", PVT2, {}, "mean", "batch"),
            ("torchvision", VIT, {}, "cls", "none"), ("torchvision", VIT, {}, "cls", "layer"),
            ("torchvision", VIT, {}, "cls", "batch"), ("torchvision", SWIN, {"window": 2}, "mean", "none"),
            ("torchvision", WIDE, {"window": 2}, "mean", "batch")]
@@ -470,8 +472,9 @@ def test_an_exported_classifier_computes_the_same_there(tmp_path, target, sizes,
         assert equal(dict(sorted(back.state_dict().items())), dict(sorted(ours.state_dict().items())))
 
 
-@pytest.mark.parametrize("target,sizes,options", [("timm", VIT, {}), ("timm", SWIN, {"window": 4}),
-                                                  ("torchvision", VIT, {}), ("torchvision", SWIN, {"window": 2})])
+@pytest.mark.parametrize("target,sizes,options", [
+    ("timm", VIT, {}), ("timm", SWIN, {"window": 4}), ("timm", PVT2, {}), ("torchvision", VIT, {}),
+    ("torchvision", SWIN, {"window": 2})], ids=repr)
 def test_an_exported_encoder_computes_the_same_there(tmp_path, target, sizes, options):
     encoder = stirred(models.build(*sizes, **options))
     saved = {"arch": encoder.arch, "model": encoder.state_dict(), "method": "MAE", "step": 1}
@@ -481,6 +484,7 @@ def test_an_exported_encoder_computes_the_same_there(tmp_path, target, sizes, op
         expected = encoder(imgs)
         if target == "timm":
             found = theirs.forward_features(imgs)
+            found = found.flatten(2).transpose(1, 2) if sizes is PVT2 else found
         elif sizes is VIT:
             tokens = theirs._process_input(imgs)
             found = theirs.encoder(torch.cat([theirs.class_token.expand(2, -1, -1), tokens], dim=1))
@@ -510,7 +514,9 @@ REFUSED = {
     "oblong": ("torchvision", lambda: models.build("vit_tiny", (16, 32), 8), "cls", "--to timm"),
     "channels": ("torchvision", lambda: models.build("vit_tiny", (16, 16), 8, 1), "cls", "--to timm"),
     "window": ("torchvision", lambda: models.build(*SWIN, window=4), "none", "--to timm"),
-    "padding": ("timm", lambda: models.build(*SWIN, window=3), "none", "padding"),
+    "padding": ("timm", lambda: models.build(*SWIN, window=3), "none", "does not tile"),
+    "reduction": ("timm", lambda: models.build("pvtv2_tiny", (64, 48)), "none", "does not tile"),
+    "pvt2": ("torchvision", lambda: models.build(*PVT2), "none", "no encoder like"),
     "suffix": ("safetensors", lambda: models.build(*VIT), "layer", ".safetensors"),
 }
 
