@@ -67,7 +67,8 @@ def to_torchvision(saved):
     if arch["model"] in models.VIT:
         if h != w or pool == "mean":
             raise ValueError("torchvision's ViT takes square images and classifies by the class token; --to timm")
-        tensors = {name.replace("fc_norm", "norm"): tensor for name, tensor in tensors.items()}  # same
+        # of the class token alone, a norm behind the pooling is a norm ahead of it
+        tensors = {name.replace("fc_norm", "norm"): tensor for name, tensor in tensors.items()}
         tensors = renamed(tensors, layouts.TORCHVISION_VIT)
         D = arch["width"]
         return tensors, (f"torchvision.models.VisionTransformer({h}, {arch['patch_size']}, {arch['depth']}, "

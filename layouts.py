@@ -229,8 +229,9 @@ def remarks(found, left):
     if head:
         on = "the class token" if head["pool"] == "cls" else "the mean of its tokens"
         notes.append(f"with a head on {on}; its {len(head['classes'])} classes have no names, only an order")
-    if found["method"] == "Hugging Face's ViT":
-        notes.append("its norms have eps 1e-12 there, 1e-6 here")
+    eps = {"Hugging Face's ViT": "its norms have eps 1e-12", "UM-MAE's pyramids": "norms inside blocks have eps 1e-5"}
+    if found["method"] in eps:
+        notes.append(f"{eps[found['method']]} there, 1e-6 here")
     if found["method"] == "FastMIM" and found["arch"]["model"] == "vit_b":
         notes.append("FastMIM's released code pre-trains ViT-B with 6 heads; here it has 12")
     if left:
