@@ -74,7 +74,7 @@ def stride_of(shape, img_size):
 
 @contextlib.contextmanager
 def same_statistics(step):
-    """While a step is computed again, BatchNorm must not count the same batch again."""
+    """BatchNorm must not count a batch again when a step is computed again, nor one that only makes a picture."""
     norms = [(m, m.momentum, m.num_batches_tracked) for m in step.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm, _, _ in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -185,17 +185,18 @@ class Torchvision(nn.Module):
 
     def run(self, x, noise):
         """The outputs of the steps that `ends` names."""
-        found = []
-        for i in range(self.first, len(self.steps)):
-            draws = None if noise is None else noise[:, 2 * self.layers[i] - 2 : 2 * self.layers[i]]  # (B, 2)
-            if self.checkpointing and self.heavy[i] and torch.is_grad_enabled():
-                contexts = functools.partial(computing, self.steps[i])
-                x = checkpoint(self.step, i, x, draws, use_reentrant=False, preserve_rng_state=False,  # no draws
-                               context_fn=contexts)
-            else:
-                x = self.step(i, x, draws)
-            if i in self.ends:
-                found.append(x)
+        found, learning = [], torch.is_grad_enabled()
+        with contextlib.nullcontext() if learning else same_statistics(self.net):
+            for i in range(self.first, len(self.steps)):
+                draws = None if noise is None else noise[:, 2 * self.layers[i] - 2 : 2 * self.layers[i]]  # (B, 2)
+                if self.checkpointing and self.heavy[i] and learning:
+                    contexts = functools.partial(computing, self.steps[i])
+                    x = checkpoint(self.step, i, x, draws, use_reentrant=False, preserve_rng_state=False,  # no draws
+                                   context_fn=contexts)
+                else:
+                    x = self.step(i, x, draws)
+                if i in self.ends:
+                    found.append(x)
         return found
 
     def step(self, i, x, draws):

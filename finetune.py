@@ -36,7 +36,7 @@ class Config(engine.RunConfig):
     init: str = "none"  # encoder.pt of a run, or published weights (.pth, .safetensors); none for random weights
     init_size: engine.Size = (0, 0)  # of the images that published weights were made for, where they do not tell
     mode: str = "finetune"  # finetune: everything trains; linear: the head alone, with LARS (configs/linear_vit_b.yaml)
-    model: str = "auto"  # vit_tiny, vit_ti, vit_s, vit_b, vit_l, vit_h; auto takes it from --init
+    model: str = "auto"  # vit_b, swin_t, pvtv2_b2, torchvision:resnet18, ... (see models.py); auto as in --init
     patch_size: int = 0  # pixels; 0 takes it from --init, or is 16 for a ViT and 4 for a pyramid
     in_chans: int = 0  # image channels; 0 takes it from --init, or 3
     img_size: engine.Size = (0, 0)  # height x width in pixels; 0 takes it from --init, or is 224

@@ -482,11 +482,12 @@ class PyramidViT2(Pyramid):
             mergings=[OverlapEmbed(*pair, 3, 2) for pair in itertools.pairwise(widths)],
             patch_embed=OverlapEmbed(in_chans, widths[0], 7, 4), mlp_ratios=mlp_ratios, mlp=ConvMlp,
             drop_path=drop_path)
-        for stage, width in zip(self.stages[:3], widths, strict=False):
+        for stage, width in zip(self.stages[:3], widths[:3], strict=True):
             stage["norm"] = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_normal)
         for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
-            nn.init.normal_(conv.weight, std=math.sqrt(2 / (conv.weight[:, 0].numel() / conv.groups)))  # 2 / fan_out
+            fan_out = conv.weight[:, 0].numel() / conv.groups
+            nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
             nn.init.zeros_(conv.bias)
 
     def layer_id(self, name):

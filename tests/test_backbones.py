@@ -210,6 +210,10 @@ def test_recomputing_does_not_count_a_batch_twice():
         results.append((latent.detach(), {k: p.grad for k, p in encoder.named_parameters()}, encoder.state_dict()))
     torch.testing.assert_close(*results, rtol=0, atol=0)
     assert results[1][2]["net.features.1.block.0.1.num_batches_tracked"] == 1
+    before = copy.deepcopy(encoder.state_dict())
+    with torch.no_grad():  # a picture in the midst of training leaves no trace
+        encoder(torch.randn(4, 3, 32, 64))
+    assert equal(dict(encoder.state_dict()), dict(before))
 
 
 def test_simmim_replaces_the_patches_that_torchvisions_swin_v2_embeds():
