@@ -41,4 +41,6 @@ def plan(cfg, build):
     for n in (1, 8, 32, 64, 128, 256):
         print(f"  --micro_batch {n:<4} {(besides + n * each) / 1e9:7.2f} GB")
     largest = min(cfg.batch_size, max(0, int((24e9 - besides) // max(each, 1))))
-    print(f"largest on a 24 GB card: --micro_batch {largest} (an estimate)")
+    fits = max((n for n in range(1, largest + 1) if cfg.batch_size % n == 0), default=0)
+    print(f"largest on a 24 GB card: --micro_batch {largest} (an estimate); {fits} divides --batch_size "
+          f"{cfg.batch_size}")

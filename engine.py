@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import checkpoint
 from cost import plan  # noqa: F401
-from options import RunConfig, Size, check, claim, configure, fail, fixed, plain, user_errors  # noqa: F401
+from options import RunConfig, Size, check, claim, configure, fail, fixed, plain, say, user_errors  # noqa: F401
 
 # -------------------- Pure functions: randomness, schedule, parameter groups --------------------
 
@@ -254,12 +254,13 @@ def save_due(cfg, run, step, steps_per_epoch):
     return due(run, step, cfg.save_epochs * steps_per_epoch) or time.monotonic() - run.saved > 60 * cfg.save_minutes
 
 
-def save(cfg, run, done, model, optimizer, **more):
-    """Write last.pt (all that a resumed run needs) and encoder.pt (all that fine-tuning needs, and `more`) after `done`
-    steps."""
+def save(cfg, run, done, model, optimizer, encoder=None, **more):
+    """Write last.pt (all that a resumed run needs) and encoder.pt (all that fine-tuning needs, of `encoder`, or else of
+    the model's, and `more`) after `done` steps."""
     run.saved = time.monotonic()
     if run.main:
-        encoder = {"arch": plain(model.encoder.arch), "model": model.encoder.state_dict()}
+        encoder = encoder or model.encoder
+        encoder = {"arch": plain(encoder.arch), "model": encoder.state_dict()}
         last = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict()}
         with user_errors():
             checkpoint.write(run.out / "last.pt", {**last, "step": done, "config": plain(fixed(cfg))})

@@ -6,6 +6,7 @@ Every image counts once. A process takes every world-th of the batches that one 
 holds the same images and gives the same numbers; what is added up over processes are integers, or rows and zeros.
 """
 
+import itertools
 import json
 import types
 
@@ -13,17 +14,19 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.transforms import v2
 
 import data
 import engine
 import figures
+from files import decode
+from transforms import CORRUPTIONS, corruption
 
 # ---------------------------------------- Features
 
 
 def pooled(encoder, imgs, pool="mean", noise=None):
-    """(B, C, H, W) -> features (B, D): the mean of an encoder's patch tokens, or `cls`, its class token. `noise`
-    (B, 2 * layers) as the encoder takes it."""
+    """(B, C, H, W) -> features (B, D): the mean of the patch tokens, or `cls`, the class token. `noise`: see encode."""
     latent = encoder.encode(encoder.embed(imgs), noise=noise)  # (B, num_prefix + N, D)
     return latent[:, 0] if pool == "cls" else latent[:, encoder.num_prefix :].mean(dim=1)  # (B, D)
 
@@ -61,24 +64,13 @@ def extract(cfg, run, encoder, dataset, pool="mean"):
     return features, labels
 
 
-def start_head(model, features, labels):
-    """Put the solution of L2-regularised logistic regression on normalised features (n, D), labels (n,), into the head,
-    so that fine-tuning does not begin by bending the encoder to a random head (Kumar et al., 2022)."""
-    if isinstance(model.fc_norm, nn.BatchNorm1d):
-        model.fc_norm.running_mean.copy_(features.mean(dim=0))
-        model.fc_norm.running_var.copy_(features.var(dim=0, unbiased=False))
-    with torch.no_grad():
-        inputs = model.fc_norm.eval()(features)
-    solver = torch.optim.LBFGS(model.head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        solver.zero_grad()
-        loss = F.cross_entropy(model.head(inputs), labels) + 1e-2 * model.head.weight.square().sum()  # 1e-2: ours
-        loss.backward()
-        return loss
-
-    solver.step(closure)
-    model.head.zero_grad(set_to_none=True)
+def cached(cfg, run, model, dataset):
+    """A data set of features (D,) in the place of images, for a head that trains alone on images that augmentation
+    leaves as they are. Exact: what a frozen encoder makes of them is the same in every epoch."""
+    features, labels = extract(cfg, run, model.encoder, dataset, model.pool)
+    engine.say(f"features of {len(labels)} images kept: nothing changes an image from epoch to epoch")
+    source = data.Memory(features.cpu(), labels.cpu(), dataset.source.classes)
+    return data.Images(source, nn.Identity(), cfg.seed)
 
 
 def neighbours(bank, labels, queries, K, k=20, temperature=0.07):
@@ -104,12 +96,17 @@ def probe_sets(cfg):
 def probe(cfg, run, step, encoder, sets):
     """Is the representation improving? Print and log the k-NN accuracy of the encoder as it is. Draws no number and
     changes no weight, so that training goes the same way with and without."""
-    (bank, labels), (queries, truth) = (extract(cfg, run, encoder, part) for part in sets)
-    K = len(sets[0].source.classes)
-    top1 = 100 * (neighbours(bank, labels, queries, K).argmax(dim=1) == truth).double().mean().item()
-    engine.note(run, step=step + 1, knn_top1=top1)
+    result = nearest(cfg, run, encoder, *sets)
+    engine.note(run, step=step + 1, knn_top1=result["top1"])
     if run.main:
-        run.bar.write(f"step {step + 1}: k-NN top-1 {top1:.2f} % of {len(truth)} images")
+        run.bar.write(f"step {step + 1}: k-NN top-1 {result['top1']:.2f} % of {result['images']} images")
+
+
+def nearest(cfg, run, encoder, bank, dataset, pool="mean", k=20):
+    """The `summary` of k-NN, without any training: images of `dataset` are told by those of `bank`."""
+    (features, labels), (queries, truth) = (extract(cfg, run, encoder, part, pool) for part in (bank, dataset))
+    scores = neighbours(features, labels, queries, len(bank.source.classes), k)  # (n, K)
+    return summary(count(scores, truth), dataset.source.classes)
 
 
 # ---------------------------------------- Accuracy
@@ -129,12 +126,11 @@ def summary(counts, classes):
     confusion (true x predicted)}. A class without images has no accuracy and no part in the mean."""
     K = len(classes)
     confusion, n = counts[:-1].view(K, K).cpu(), int(counts[:-1].sum())  # (K, K)
-    rates = {name: round(100 * int(row[i]) / int(row.sum()), 2) if row.any() else None
-             for i, (name, row) in enumerate(zip(classes, confusion, strict=True))}
-    present = confusion[confusion.any(dim=1)].sum(dim=1), confusion.diag()[confusion.any(dim=1)]
+    rates = 100 * confusion.diag().double() / confusion.sum(dim=1)  # (K,), NaN for a class without images
+    per_class = [None if rate.isnan() else round(rate.item(), 2) for rate in rates]
     return {"top1": 100 * int(confusion.trace()) / n, "top5": 100 * int(counts[-1]) / n,
-            "mean_per_class": 100 * (present[1].double() / present[0]).mean().item(), "images": n,
-            "per_class": rates, "confusion": confusion.tolist()}
+            "mean_per_class": rates.nanmean().item(), "images": n,
+            "per_class": dict(zip(classes, per_class, strict=True)), "confusion": confusion.tolist()}
 
 
 @torch.no_grad()
@@ -152,11 +148,53 @@ def accuracy(cfg, run, model, dataset):
     return summary(counts, classes)
 
 
+def judge(cfg, run, model, dataset):
+    """The `accuracy` of a classifier and, with --corruptions, {kind: top-1 at five strengths} on spoiled images, whose
+    noise is a function of (seed, index)."""
+    result = accuracy(cfg, run, model, dataset)
+    if cfg.corruptions:
+        result["corruptions"] = {kind: [] for kind in CORRUPTIONS}
+        for kind, strength in itertools.product(CORRUPTIONS, range(5)):
+            transform = v2.Compose([dataset.transform, corruption(kind, strength, cfg.img_size)])
+            spoiled = data.Images(dataset.source, transform, cfg.seed, dataset.max_bad)
+            result["corruptions"][kind].append(accuracy(cfg, run, model, spoiled)["top1"])
+    return result
+
+
+def alone(cfg, run, model, dataset):
+    """An evaluation without training, of a classifier or, by k-NN, of its features."""
+    if run.main:
+        engine.claim(cfg, run, None, {})
+    if cfg.mode == "knn":
+        bank = data.labelled_set(cfg, "train", augment=False)
+        result = nearest(cfg, run, model.encoder, bank, dataset, model.pool, cfg.neighbours)
+    else:
+        result = judge(cfg, run, model, dataset)
+    report(cfg, run, result, init=cfg.init)
+    engine.leave_group()
+
+
 def report(cfg, run, result, **about):
     """Print the accuracy, write OUT/result.json and, if asked for, draw the confusion matrix."""
     if run.main:
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  mean of classes "
               f"{result['mean_per_class']:.2f} %  of {result['images']} images", flush=True)
+        for kind, top1 in result.get("corruptions", {}).items():
+            print(f"{kind:>10} " + " ".join(f"{value:6.2f}" for value in top1) + f"   mean {sum(top1) / 5:.2f} %")
         (run.out / "result.json").write_text(json.dumps({**about, **result}, indent=1) + "\n")
         if cfg.confusion:
             figures.confusion(run.out / "pictures" / "confusion.png", result["confusion"], list(result["per_class"]))
+
+
+@torch.no_grad()
+def predict(cfg, run, model, classes):
+    """Print what a classifier takes each file of --predict for, and how sure it is. ValueError if one is no image."""
+    model.eval()
+    crop = data.CentreCrop(cfg.img_size, v2.InterpolationMode.BICUBIC)
+    for path in cfg.predict:
+        image = crop(decode(path, cfg.in_chans))  # (C, H, W)
+        with engine.autocast(run):
+            logits = model(data.normalize(image[None].to(run.device)))  # (1, K)
+        share, best = logits[0].float().softmax(dim=0).max(dim=0)
+        engine.say(f"{path}: {classes[best]} {100 * share:.1f} %")
+    engine.leave_group()

@@ -19,7 +19,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # whatever a nam
 PIL_MODE = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-class Broken(Exception):
+class Broken(ValueError):
     """A file that cannot be used as an image; the message names it and says why."""
 
 

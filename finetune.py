@@ -2,18 +2,22 @@
 
     encoder.pt --> encoder --> mean of patch tokens (or class token) --> norm --> linear head --> cross-entropy
 
-One script for the protocols of the paper: everything trains, with smaller learning rates for earlier layers
-(`--mode finetune`); only a linear head trains (`--mode linear`); the same from random weights (`--init none`). Set-up
-and step are those of mae.py; what differs is the model, labels instead of masks, and the evaluation.
+One script for every protocol: all of it trains, with smaller learning rates for earlier layers; or the last blocks
+(`--train_blocks 4`), or the head alone (`--mode linear`), or nothing (`--mode knn`); from pre-trained or from random
+weights (`--init none`); from an encoder that lost its last blocks or has them shuffled (`--drop_layers 2`,
+`--shuffle_layers`). Set-up and step are those of mae.py; what differs is the model, and labels instead of masks.
+protocols.py holds what a protocol does to a model, evaluate.py how it is judged.
 
-Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377, A.1 and A.2.
+Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377, 4.3, A.1 and A.2.
 
     CPU     python finetune.py --config configs/finetune_tiny.yaml --init runs/mae/encoder.pt --out runs/finetune
     1 GPU   python finetune.py --config configs/finetune_vit_b.yaml --init runs/mae_b/encoder.pt --data /data/imagenet
     8 GPUs  torchrun --nproc-per-node 8 finetune.py --config configs/finetune_vit_b.yaml --init ... --data ...
     check   python finetune.py --eval --init runs/finetune/encoder.pt --out runs/eval
+    use     python finetune.py --predict a.png b.png --init runs/finetune/encoder.pt
 """
 
+import copy
 import dataclasses
 
 import torch
@@ -25,8 +29,9 @@ import data
 import engine
 import evaluate
 import models
+import protocols
 import weights
-from transforms import mix
+from transforms import always_alike, mix
 
 
 @dataclasses.dataclass
@@ -35,7 +40,10 @@ class Config(engine.RunConfig):
 
     init: str = "none"  # encoder.pt of a run, or published weights (.pth, .safetensors); none for random weights
     init_size: engine.Size = (0, 0)  # of the images that published weights were made for, where they do not tell
-    mode: str = "finetune"  # finetune: everything trains; linear: the head alone, with LARS (configs/linear_vit_b.yaml)
+    mode: str = "finetune"  # finetune; linear: the head alone, other defaults (see LINEAR); knn: nothing is trained
+    train_blocks: float = 0.0  # train only the last blocks and the head; 0.5 is the MLP of the last block; 0 trains all
+    drop_layers: int = 0  # cut off so many blocks of --init, from the end; of a pyramid from stage 3, with stage 4
+    shuffle_layers: bool = False  # blocks get the weights of other blocks of --init, at random
     model: str = "auto"  # vit_b, swin_t, pvtv2_b2, torchvision:resnet18, ... (see models.py); auto as in --init
     patch_size: int = 0  # pixels; 0 takes it from --init, or is 16 for a ViT and 4 for a pyramid
     in_chans: int = 0  # image channels; 0 takes it from --init, or 3
@@ -64,12 +72,25 @@ class Config(engine.RunConfig):
     base_lr: float = 5e-4  # per lr_batch images: lr = base_lr * batch_size / lr_batch
     lr_batch: int = 256  # images that base_lr is stated for
     min_lr: float = 1e-6  # end of the cosine
-    weight_decay: float = 0.05  # AdamW
+    optimizer: str = "auto"  # adamw, lars, sgd; auto is lars for linear, or else adamw
+    weight_decay: float = 0.05  # of matrices
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     clip_grad: float = 0.0  # largest gradient norm; 0 for no clipping
+    ema: float = 0.0  # decay of a moving average of the weights, which is then evaluated and exported; 0 for none
     eval_epochs: float = 5.0  # epochs between evaluations
     eval: bool = False  # evaluate the classifier in --init and stop
+    predict: tuple[str, ...] = ()  # image files: print what the classifier in --init takes each for, and stop
+    checkpoint: str = ""  # another name for --init
+    neighbours: int = 20  # of an image, which vote in knn
+    corruptions: bool = False  # judge on noisy, blurred, faded and coarse images, too, at five strengths each
     confusion: bool = False  # draw OUT/pictures/confusion.png
+
+
+# What --mode linear has for defaults: MAE's linear probing of ViT-B (A.1), but for the class token (--pool cls), which
+# not every encoder has.
+LINEAR = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "rand_augment": False, "random_erasing": 0.0,
+          "epochs": 90.0, "warmup_epochs": 10.0, "batch_size": 16384, "micro_batch": 512, "base_lr": 0.1, "min_lr": 0.0,
+          "weight_decay": 0.0}
 
 
 # ---------------------------------------- Model
@@ -99,8 +120,9 @@ class Classifier(nn.Module):
         return evaluate.pooled(self.encoder, imgs, self.pool, noise)  # (B, D)
 
     def forward(self, imgs, noise=None):
-        """(B, C, H, W) -> logits (B, K); `noise` (B, 2 * layers) as the encoder takes it."""
-        return self.head(self.fc_norm(self.features(imgs, noise)))  # (B, K)
+        """(B, C, H, W), or features (B, D) that were kept, -> logits (B, K); `noise` as the encoder takes it."""
+        features = imgs if imgs.dim() == 2 else self.features(imgs, noise)  # (B, D)
+        return self.head(self.fc_norm(features))  # (B, K)
 
     def export(self, classes):
         """What encoder.pt needs beside the encoder to classify again: plain data and the tensors of norm and head."""
@@ -113,78 +135,114 @@ class Classifier(nn.Module):
         return self.encoder.num_layers + 1 - self.encoder.layer_id(name.removeprefix("encoder.")) if inside else 0
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is, for a weight matrix, proportional to the norm of the matrix (You et al., 2017);
-    biases and other one-dimensional parameters take plain steps without weight decay (MAE, A.1)."""
-
-    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                update = parameter.grad
-                if parameter.dim() > 1:
-                    update = update.add(parameter, alpha=group["weight_decay"])
-                    size, length = parameter.norm(), update.norm()
-                    ratio = torch.where((size > 0) & (length > 0), group["trust"] * size / length, 1.0)
-                    update = update * ratio
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
-
-
 def resolve(cfg):
     """(cfg with model, sizes and channels as --init has them, content of --init). ValueError or FileNotFoundError,
     in one line, if it is no encoder or another one than the options ask for."""
-    if cfg.mode not in ("finetune", "linear") or cfg.head_start not in ("random", "probe"):
-        raise ValueError(f"--mode is finetune or linear, --head_start random or probe; not {cfg.mode} {cfg.head_start}")
-    if cfg.split not in ("val", "test"):
-        raise ValueError(f"--split is val or test, not {cfg.split}")
-    if cfg.micro_batch % 2 and (cfg.mixup or cfg.cutmix) and cfg.mode != "linear":
+    allowed = {"mode": ("finetune", "linear", "knn"), "head_start": ("random", "probe"), "split": ("val", "test"),
+               "optimizer": ("auto", "adamw", "lars", "sgd")}
+    for name, values in allowed.items():
+        if getattr(cfg, name) not in values:
+            raise ValueError(f"--{name} is {' or '.join(values)}, not {getattr(cfg, name)}")
+    if cfg.micro_batch % 2 and (cfg.mixup or cfg.cutmix) and cfg.mode == "finetune":
         raise ValueError(f"mixup and cutmix mix pairs: --micro_batch {cfg.micro_batch} must be even")
+    if not 0 <= cfg.ema < 1 or cfg.neighbours < 1 or cfg.drop_layers < 0:
+        raise ValueError("--ema takes [0, 1), --neighbours 1 or more, --drop_layers 0 or more, not "
+                         f"{cfg.ema}, {cfg.neighbours}, {cfg.drop_layers}")
+    if cfg.train_blocks and cfg.mode != "finetune":
+        raise ValueError(f"--train_blocks {cfg.train_blocks:g}: nothing of the encoder trains in --mode {cfg.mode}")
+    judged = "--eval" if cfg.eval else "--predict" if cfg.predict else ""
+    if judged and (cfg.drop_layers or cfg.shuffle_layers):
+        raise ValueError(f"--drop_layers and --shuffle_layers come before training, not with {judged}")
+    if cfg.corruptions and cfg.mode == "knn":
+        raise ValueError("--corruptions needs a classifier, which --mode knn has not")
+    cfg = dataclasses.replace(cfg, init=cfg.checkpoint or cfg.init)
     if cfg.init == "none":
-        if cfg.eval or cfg.model == "auto":
-            raise ValueError("--eval needs a classifier in --init" if cfg.eval else "--init none needs a --model")
+        if judged or cfg.shuffle_layers or cfg.model == "auto":
+            raise ValueError(f"{judged} needs a classifier in --init" if judged else "--shuffle_layers needs an --init"
+                             if cfg.shuffle_layers else "--init none needs a --model")
         arch, saved = {"in_chans": cfg.in_chans or 3, "img_size": (224, 224)}, None
     else:
         saved = weights.read_encoder(cfg.init, cfg.init_size)
         arch = {name: saved["arch"][name] for name in ("model", "patch_size", "in_chans", "img_size")}
+        if judged and "classifier" not in saved:
+            raise ValueError(f"{judged}: {cfg.init} holds an encoder and no classifier; fine-tune it first")
+    in_chans = cfg.in_chans or arch["in_chans"]
+    if cfg.corruptions and in_chans not in (1, 3):
+        raise ValueError(f"--corruptions know grey and RGB, not --in_chans {in_chans}")
     for name in arch.keys() - {"img_size", "in_chans"}:
         if getattr(cfg, name) not in ("auto", 0, arch[name]):
             raise ValueError(f"--{name} {getattr(cfg, name)}, but the encoder in {cfg.init} has {name} {arch[name]}")
     size = cfg.img_size if any(cfg.img_size) else tuple(arch["img_size"])
-    return dataclasses.replace(cfg, **{**arch, "img_size": size, "in_chans": cfg.in_chans or arch["in_chans"]}), saved
+    return dataclasses.replace(cfg, **{**arch, "img_size": size, "in_chans": in_chans}), saved
 
 
-def build_classifier(cfg, saved, classes):
-    """The classifier to train or, with --eval, to evaluate; its encoder is the one in `saved`, or has random weights.
-    ValueError, in one line, if `saved` does not fit, or holds no classifier of these classes to evaluate."""
-    linear = cfg.mode == "linear"
-    auto = "batch" if linear or cfg.head_start == "probe" else "layer" if cfg.pool == "mean" else "none"
-    pool, head_norm = cfg.pool, auto if cfg.head_norm == "auto" else cfg.head_norm
-    head = saved.get("classifier") if cfg.eval else None
-    if cfg.eval:
-        if not head or not (head.get("unnamed") or head["classes"] == classes):
-            raise ValueError(f"{cfg.init} holds no classifier of the {len(classes)} classes {', '.join(classes)[:80]}")
-        pool, head_norm = head["pool"], head["head_norm"]
+def build_encoder(cfg, saved):
+    """The encoder that the options and `saved` describe, with random weights."""
+    trains, cut = cfg.mode == "finetune", cfg.drop_layers
     options = (saved["arch"]["options"] if saved else {}) | ({"window": cfg.window} if cfg.window else {})
-    if options.get("positions") == "shared_bias" and not linear:
+    if options.get("positions") == "shared_bias" and trains:
         options["positions"] = "block_bias"  # as SimMIM fine-tunes: every block gets a table of its own
-    encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, learn_positions=not linear,
-                           drop_path=0.0 if linear else cfg.drop_path, **options)
+    encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, learn_positions=trains,
+                           drop_path=cfg.drop_path if trains else 0.0, **options)
     encoder.checkpointing = cfg.activation_checkpointing
-    model = Classifier(encoder, len(classes), pool, head_norm)
-    if saved:
-        weights.load_encoder(encoder, saved, cfg.init, () if cfg.eval else model.export(classes)["tensors"])
-    if cfg.eval:
-        tensors = {**{f"encoder.{k}": v for k, v in encoder.state_dict().items()}, **head["tensors"]}
-        checkpoint.load_exactly(model, tensors, cfg.init)
-    encoder.requires_grad_(not linear)
+    if saved and "drop_layers" in saved["arch"]:
+        cut += saved["arch"]["drop_layers"]
+    if cut:
+        protocols.drop_layers(encoder, cut)
+    return encoder
+
+
+def build_classifier(cfg, saved, classes, load=True):
+    """The classifier to train or, with --eval, to evaluate; its encoder is the one in `saved`, or has random weights
+    (always without `load`). ValueError, in one line, if `saved` does not fit, or has no classifier of these classes."""
+    judged, head = load and (cfg.eval or cfg.predict), saved.get("classifier") if saved else None
+    if judged and not (head and (head.get("unnamed") or head["classes"] == classes)):
+        raise ValueError(f"{cfg.init} holds no classifier of the {len(classes)} classes {', '.join(classes)[:80]}")
+    auto = "batch" if cfg.mode == "linear" or cfg.head_start == "probe" else "layer" if cfg.pool == "mean" else "none"
+    auto = "none" if cfg.mode == "knn" else auto
+    if head and head["head_norm"] == "layer":  # an encoder that was fine-tuned so has no last norm of its own
+        auto = "layer"
+    pool, head_norm = cfg.pool, auto if cfg.head_norm == "auto" else cfg.head_norm
+    if judged:
+        pool, head_norm = head["pool"], head["head_norm"]
+    model = Classifier(build_encoder(cfg, saved), len(classes), pool, head_norm)
+    if saved and load:
+        load_weights(cfg, model, saved, classes)
+    model.requires_grad_(cfg.mode == "finetune")
+    model.head.requires_grad_(True)
+    if cfg.train_blocks:
+        protocols.freeze(model.encoder, cfg.train_blocks)
+    if cfg.ema and not judged:
+        model.average = copy.deepcopy(model).requires_grad_(False)
     return model
+
+
+def load_weights(cfg, model, saved, classes):
+    """Copy the encoder in `saved` and, if it was fine-tuned, what still fits of its head, and say what that is: all of
+    it for the same classes, so that fine-tuning goes on; for others the norm, which was trained with the encoder."""
+    head, parts = saved.get("classifier"), []
+    if head and (head["pool"], head["head_norm"]) == (model.pool, model.head_norm):
+        goes_on = cfg.mode == "finetune" and (head["classes"] == classes or cfg.eval or cfg.predict)
+        parts = ["fc_norm", "head"] if goes_on else ["fc_norm"]
+        saved = {name: value for name, value in saved.items() if name != "classifier"}
+        saved["notes"] = [*saved.get("notes", []), f"kept of its classifier: {', '.join(parts)}"]
+    if cfg.drop_layers or cfg.shuffle_layers:
+        seed = cfg.seed if cfg.shuffle_layers else None
+        saved = {**saved, "model": protocols.kept_tensors(model.encoder, saved["model"], seed)}
+    fresh = [name for name in model.export(classes)["tensors"] if name.split(".")[0] not in parts]
+    weights.load_encoder(model.encoder, saved, cfg.init, fresh)
+    for part in parts:
+        own = {k.removeprefix(part + "."): v for k, v in head["tensors"].items() if k.startswith(part + ".")}
+        checkpoint.load_exactly(getattr(model, part), own, f"{cfg.init}, {part}")
+
+
+def build_optimizer(cfg, model):
+    """AdamW, LARS or SGD with momentum (MAE, A.1), for layers that learn at rates of their own."""
+    kind = cfg.optimizer if cfg.optimizer != "auto" else "lars" if cfg.mode == "linear" else "adamw"
+    groups = engine.parameter_groups(model, cfg.weight_decay, lambda name: cfg.layer_decay ** model.depth_below(name))
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
+    return protocols.LARS(groups) if kind == "lars" else torch.optim.SGD(groups, momentum=0.9)
 
 
 # ---------------------------------------- Training
@@ -192,34 +250,32 @@ def build_classifier(cfg, saved, classes):
 @engine.record
 def main(argv=None):
     # Set-up: as in mae.py, with a labelled training and validation set, and layers that learn at their own rates.
-    cfg = engine.configure(Config, __doc__, argv)
+    cfg = engine.configure(Config, __doc__, argv, presets={"linear": LINEAR})
     run = engine.start(cfg)
     with engine.user_errors():
         cfg, saved = resolve(cfg)
-        if cfg.plan and not cfg.eval:
-            return engine.plan(cfg, lambda cfg: build_classifier(cfg, None, [str(i) for i in range(1000)]))
+        if cfg.plan:
+            return engine.plan(cfg, lambda cfg: build_classifier(cfg, saved, range(1000), load=False))
+        if cfg.predict:
+            classes = saved["classifier"]["classes"]
+            return evaluate.predict(cfg, run, build_classifier(cfg, saved, classes).to(run.device), classes)
         val = data.labelled_set(cfg, cfg.split)
         classes = val.source.classes
         model = build_classifier(cfg, saved, classes).to(run.device)
-        if cfg.eval:
-            if run.main:
-                engine.claim(cfg, run, None, {})
-            evaluate.report(cfg, run, evaluate.accuracy(cfg, run, model, val), init=cfg.init)
-            return engine.leave_group()
+        if cfg.eval or cfg.mode == "knn":
+            return evaluate.alone(cfg, run, model, val)
         dataset = data.labelled_set(cfg, "train")
         sampler = data.global_batches(len(dataset), cfg, run)
-    if cfg.mode == "linear":
-        optimizer = LARS(engine.parameter_groups(model, cfg.weight_decay))
-    else:
-        scale = lambda name: cfg.layer_decay ** model.depth_below(name)  # noqa: E731
-        groups = engine.parameter_groups(model, cfg.weight_decay, scale)
-        optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
+    optimizer = build_optimizer(cfg, model)
     steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
     peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
     first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak, images=len(dataset))
     if cfg.head_start == "probe" and not first:
         plain = data.labelled_set(cfg, "train", augment=False)
-        evaluate.start_head(model, *evaluate.extract(cfg, run, model.encoder, plain, model.pool))
+        protocols.start_head(model, *evaluate.extract(cfg, run, model.encoder, plain, model.pool))
+    if cached := cfg.mode == "linear" and always_alike(cfg):
+        dataset = evaluate.cached(cfg, run, model, dataset)
+    judged = model.average if cfg.ema else model
     net = engine.distribute(cfg, run, model)
     batches = engine.timed(run, data.loader(dataset, sampler, cfg.workers, pin=run.device.type == "cuda"))
 
@@ -234,7 +290,8 @@ def main(argv=None):
         loss = torch.zeros((), device=run.device)
         for left in reversed(range(sampler.micro_batches(step))):
             imgs, labels, where = next(batches)
-            imgs = data.normalize(imgs.to(run.device, non_blocking=True))  # (B, C, H, W)
+            imgs = imgs.to(run.device, non_blocking=True)
+            imgs = imgs if cached else data.normalize(imgs)  # (B, C, H, W), or (B, D)
             targets = F.one_hot(labels.to(run.device), len(classes)).float()  # (B, K)
             if cfg.mode == "finetune":
                 imgs, targets = mix(imgs, targets, cfg, engine.seed_of(cfg.seed, "mix", step))
@@ -252,18 +309,20 @@ def main(argv=None):
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if cfg.ema:
+            protocols.blend(model.average, model, cfg.ema)
 
         engine.log(cfg, run, step, (step + 1) / sampler.steps_per_epoch, size, loss, lr, grad_norm)
         if told or engine.save_due(cfg, run, step, sampler.steps_per_epoch):
-            engine.save(cfg, run, step + 1, model, optimizer, classifier=model.export(classes))
+            engine.save(cfg, run, step + 1, model, optimizer, judged.encoder, classifier=judged.export(classes))
         if told:
             break
         if engine.due(run, step, cfg.eval_epochs * sampler.steps_per_epoch) and step + 1 < run.last:
-            result = evaluate.accuracy(cfg, run, model, val)
+            result = evaluate.accuracy(cfg, run, judged, val)
             engine.note(run, step=step + 1, top1=result["top1"], top5=result["top5"])
             model.train()
     if (done := step + 1 if run.last > first else first) == run.last:
-        evaluate.report(cfg, run, evaluate.accuracy(cfg, run, model, val), step=done)
+        evaluate.report(cfg, run, evaluate.judge(cfg, run, judged, val), step=done)
     engine.finish(run, done)
 
 

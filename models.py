@@ -372,7 +372,7 @@ class Pyramid(nn.Module):
             x = run_blocks(layer["blocks"], x, draws, self.checkpointing, self.context(stage, grid, coords, x))
             x = layer["norm"](x) if "norm" in layer else x
             out.append((x, grid))
-            if stage < 3:
+            if stage < len(mergings):
                 x = mergings[stage](x, grid)  # (B, h/2 * w/2, D')
                 if coords is not None:  # a merged token lies where its top-left one lay
                     coords = coords.view(len(coords), *grid, 2)[:, ::2, ::2].flatten(1, 2)  # (B, h/2 * w/2, 2)

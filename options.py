@@ -64,6 +64,12 @@ def fail(message, everywhere=False):
     raise SystemExit(2)
 
 
+def say(line):
+    """Print a line, once, however many processes say it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
 @contextlib.contextmanager
 def user_errors():
     """Turn the ValueErrors and OSErrors that models, data and checkpoints raise about a user's input into `fail`."""
@@ -85,6 +91,8 @@ def describe(config_class):
 
 def parse_value(name, kind, value):
     """One option of type `kind` from a YAML value or a command-line word; exits with code 2 if it does not fit."""
+    if kind == tuple[str, ...]:
+        return tuple(str(v) for v in (value if isinstance(value, list) else [value]) if v != "")
     if typing.get_origin(kind) is tuple:
         parts = re.split("[x,]", value) if isinstance(value, str) else value if isinstance(value, list) else [value]
         parts = parts * len(kind.__args__) if len(parts) == 1 else parts
@@ -124,8 +132,9 @@ def read_yaml(path, script):
     return {**values, **own}
 
 
-def read_flags(words):
-    """`--key value`, `--key=value`, or a bare `--key` for true, as ({key: value}, [--config files])."""
+def read_flags(words, lists=()):
+    """`--key value`, `--key=value`, or a bare `--key` for true, as ({key: value}, [--config files]). A key among
+    `lists` takes all words up to the next option."""
     flags, files = {}, []
     while words:
         word = words.pop(0)
@@ -134,6 +143,10 @@ def read_flags(words):
         key, has_value, value = word[2:].partition("=")
         if not has_value:
             value = words.pop(0) if words and not words[0].startswith("--") else True
+        if key in lists:
+            value = [] if value is True else [value]
+            while words and not words[0].startswith("--"):
+                value.append(words.pop(0))
         if key == "config":
             files.append(value)
         else:
@@ -141,8 +154,9 @@ def read_flags(words):
     return flags, files
 
 
-def configure(config_class, doc, argv=None):
+def configure(config_class, doc, argv=None, presets=None):
     """Defaults, overridden by `--config FILE.yaml`, overridden by flags: an instance of the dataclass `config_class`.
+    `presets`, {value of --mode: {option: value}}, are other defaults.
 
     Exits with code 2 on an unknown key (naming the nearest), a wrong type or an unreadable file; with 0 after --help.
     """
@@ -158,7 +172,10 @@ def configure(config_class, doc, argv=None):
             print(f"  --{f.name} {default}".ljust(40), comments.get(f.name, ""))
         raise SystemExit(0)
 
-    flags, files = read_flags(words)
+    if argv is None and not words:
+        fail("no options, and the defaults are a paper's recipe: days on many GPUs; the first lines of --help have a "
+             "command for a CPU")
+    flags, files = read_flags(words, [name for name, kind in kinds.items() if kind == tuple[str, ...]])
     values, script = {}, Path(inspect.getfile(config_class)).stem
     for source, given in [*((f"{f}: ", read_yaml(f, script)) for f in files), ("--", flags)]:
         for key, value in given.items():
@@ -166,7 +183,7 @@ def configure(config_class, doc, argv=None):
                 near = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.5)
                 fail(f"unknown option {source}{key}; " + (f"did you mean {near[0]}?" if near else "--help lists them"))
             values[key] = parse_value(key, kinds[key], value)
-    return config_class(**values)
+    return config_class(**{**(presets or {}).get(values.get("mode"), {}), **values})
 
 
 def check(cfg, world):
@@ -244,7 +261,8 @@ def plain(value):
 def fixed(cfg):
     """The options that a resumed run must share with its beginning: all but those that cannot change a number."""
     tied = {"data", "max_bad", "schedule", "seed", "drop_last", "precision"}  # among the options of any run
-    free = {f.name for f in dataclasses.fields(RunConfig)} - tied | {"micro_batch", "eval_epochs", "confusion"}
+    free = {f.name for f in dataclasses.fields(RunConfig)} - tied
+    free |= {"micro_batch", "eval_epochs", "confusion", "corruptions", "neighbours"}
     return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
 
 

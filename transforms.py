@@ -4,6 +4,7 @@ normalisation of a batch, on the device.
 
 import collections
 import functools
+import math
 
 import torch
 from torchvision.transforms import v2
@@ -157,6 +158,34 @@ def augmentation(o):
     if o["view_jitter"] is None:
         return v2.Compose(steps)
     return TwoViews(steps, o["crop"] == "simple", o["view_jitter"], o["in_chans"])
+
+
+def always_alike(cfg):
+    """Does training see an image as the same pixels in every epoch?"""
+    o = with_defaults(cfg)
+    random = ("shift", "flip", "rand_augment", "color_jitter", "random_erasing")
+    return tuple(o["crop_scale"]) == (1, 1) and not any(o[name] for name in random)
+
+
+# Five strengths, those of ImageNet-C for 224 px (Hendrycks & Dietterich, 2019): standard deviation of noise; of blur,
+# in pixels of an image of 224; share of the contrast that is left; share of the pixels of a side that are left.
+CORRUPTIONS = {"noise": (0.08, 0.12, 0.18, 0.26, 0.38), "blur": (1, 2, 3, 4, 6), "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),
+               "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25)}
+
+
+def corruption(kind, strength, size):
+    """A transform that spoils uint8 images (C, *size), grey or RGB: a kind of CORRUPTIONS at a strength from 0 to 4."""
+    amount = CORRUPTIONS[kind][strength]
+    if kind == "noise":
+        return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(sigma=amount),
+                           v2.ToDtype(torch.uint8, scale=True)])
+    if kind == "blur":
+        sigma = amount * min(size) / 224
+        return v2.GaussianBlur(2 * math.ceil(3 * sigma) + 1, sigma)
+    if kind == "contrast":
+        return v2.ColorJitter(contrast=(amount, amount))
+    small = [max(1, round(amount * n)) for n in size]
+    return v2.Compose([v2.Resize(small, BILINEAR), v2.Resize(size, v2.InterpolationMode.NEAREST)])
 
 
 def mix(imgs, targets, cfg, seed):

@@ -15,6 +15,7 @@ import evaluate
 import finetune
 import layers
 import mae
+import protocols
 import weights
 
 HERE = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"), dtype=torch.float32)
@@ -221,7 +222,7 @@ def test_the_probe_is_the_minimum_of_its_objective():
     labels = torch.randint(0, 3, (300,), generator=draw)
     features = torch.randn(3, 96, generator=draw)[labels] * 3 + torch.randn(300, 96, generator=draw) * 0.5 + 7
     model = finetune.build_classifier(config(head_start="probe"), None, list("abc"))
-    evaluate.start_head(model, features, labels)
+    protocols.start_head(model, features, labels)
     assert isinstance(model.fc_norm, nn.BatchNorm1d)
     inputs = model.fc_norm.eval()(features)
     torch.testing.assert_close(inputs.mean(dim=0), torch.zeros(96), rtol=0, atol=1e-4)
@@ -441,7 +442,7 @@ def test_the_frozen_encoder_of_a_probe_drops_nothing(tuned, pretrained, call, tm
 def test_lars_by_hand():
     """One matrix, two steps with weight decay; and a bias, which takes plain steps."""
     weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([2.0]))
-    optimizer = finetune.LARS([weight, bias], lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.01)
+    optimizer = protocols.LARS([weight, bias], lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.01)
     momentum, plain = torch.zeros(1, 2), 0.0
     for _ in range(2):
         w, b = weight.detach().clone(), bias.detach().clone()
@@ -453,7 +454,7 @@ def test_lars_by_hand():
         torch.testing.assert_close(weight.data, w - 0.5 * momentum)
         torch.testing.assert_close(bias.data, b - 0.5 * plain)
     zero = nn.Parameter(torch.zeros(2, 2))  # a head at zero has no norm to be proportional to, and must still leave it
-    optimizer = finetune.LARS([zero], lr=0.5)
+    optimizer = protocols.LARS([zero], lr=0.5)
     zero.grad = torch.ones(2, 2)
     optimizer.step()
     torch.testing.assert_close(zero.data, torch.full((2, 2), -0.5))

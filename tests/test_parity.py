@@ -22,6 +22,7 @@ import finetune
 import lut
 import mae
 import models
+import protocols
 import simmim
 import um_mae
 
@@ -157,7 +158,7 @@ def test_finetune(pool, monkeypatch):
 def test_lars():
     arrays = case("lars")
     weight, bias = (torch.nn.Parameter(arrays[k].clone()) for k in ("weight0", "bias0"))
-    optimizer = finetune.LARS([weight, bias], arrays["lr"].item(), 0.0, arrays["momentum"].item(),
+    optimizer = protocols.LARS([weight, bias], arrays["lr"].item(), 0.0, arrays["momentum"].item(),
                               arrays["trust"].item())
     for step in range(len(arrays["grad_weight"])):
         weight.grad, bias.grad = arrays["grad_weight"][step].clone(), arrays["grad_bias"][step].clone()

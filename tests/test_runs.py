@@ -451,7 +451,7 @@ if dist.is_initialized():
 def shared_runs(tiny, tuned, init):
     """[(name, words)]: what is compared between 1, 2 and 4 processes."""
     common = dict(max_steps=5, micro_batch=2, clip_grad=0.5)
-    return [("mae", tiny(**common, crop_scale="0.3,1", mask="block")),
+    return [("mae", tiny(**common, crop_scale="0.3,1", mask="block", probe_epochs=1)),
             ("mae_tail", tiny(max_steps=3, batch_size=24, micro_batch=6, drop_last="false")),
             ("finetune", tuned(**common, drop_path=0.3)),
             ("finetune_eval", tuned(init=init, model=None, patch_size=None, eval="true", micro_batch=2))]
