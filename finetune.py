@@ -17,7 +17,6 @@ Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.0
     use     python finetune.py --predict a.png b.png --init runs/finetune/encoder.pt
 """
 
-import copy
 import dataclasses
 
 import torch
@@ -205,7 +204,8 @@ def build_classifier(cfg, saved, classes, load=True):
     pool, head_norm = cfg.pool, auto if cfg.head_norm == "auto" else cfg.head_norm
     if judged:
         pool, head_norm = head["pool"], head["head_norm"]
-    model = Classifier(build_encoder(cfg, saved), len(classes), pool, head_norm)
+    make = lambda: Classifier(build_encoder(cfg, saved), len(classes), pool, head_norm)  # noqa: E731
+    model = make()
     if saved and load:
         load_weights(cfg, model, saved, classes)
     model.requires_grad_(cfg.mode == "finetune")
@@ -213,7 +213,9 @@ def build_classifier(cfg, saved, classes, load=True):
     if cfg.train_blocks:
         protocols.freeze(model.encoder, cfg.train_blocks)
     if cfg.ema and not judged:
-        model.average = copy.deepcopy(model).requires_grad_(False)
+        average = make().requires_grad_(False)
+        average.load_state_dict(model.state_dict())
+        model.average = average
     return model
 
 

@@ -567,7 +567,8 @@ def script_of(recipe):
     """mae.py for mae_vit_b.yaml, um_mae.py for um_mae_...: the script with the longest name that fits."""
     known = sorted((path.stem for path in ROOT.glob("*.py")), key=len, reverse=True)
     name = next((name for name in known if recipe.stem.startswith(name)), None)
-    others = {"tiny": "mae", "linear": "finetune", "um": "simmim"}  # um_simmim: the comparison of UM-MAE's paper
+    protocols = dict.fromkeys(("linear", "partial", "scratch"), "finetune")
+    others = {"tiny": "mae", **protocols, "um": "simmim"}  # um_simmim: the comparison of UM-MAE's paper
     return importlib.import_module(name or others[recipe.stem.split("_")[0]])
 
 
