@@ -123,6 +123,14 @@ class Classifier(nn.Module):
         features = imgs if imgs.dim() == 2 else self.features(imgs, noise)  # (B, D)
         return self.head(self.fc_norm(features))  # (B, K)
 
+    def train(self, mode=True):
+        """As ever, but what is frozen stays as it is: BatchNorm in it keeps its statistics."""
+        super().train(mode)
+        for module in self.encoder.modules():
+            if (own := list(module.parameters(recurse=False))) and not any(p.requires_grad for p in own):
+                module.eval()
+        return self
+
     def export(self, classes):
         """What encoder.pt needs beside the encoder to classify again: plain data and the tensors of norm and head."""
         tensors = {k: v for k, v in self.state_dict().items() if not k.startswith("encoder.")}

@@ -155,6 +155,18 @@ def test_partial_trains_what_it_says_and_nothing_else(tune, pretrained, tmp_path
         "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
 
 
+@pytest.mark.parametrize("changes,moving", [({"mode": "linear"}, 0), ({"train_blocks": 1}, 2), ({}, 20)], ids=repr)
+def test_frozen_batchnorm_keeps_its_statistics(changes, moving):
+    """resnet18 has a norm behind each of its 20 convolutions; two of them are in its last block."""
+    cfg = finetune.Config(model="torchvision:resnet18", in_chans=3, img_size=(32, 32), drop_path=0.0, **changes)
+    model = finetune.build_classifier(cfg, None, list("abc")).train()
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    model(torch.randn(4, 3, 32, 32))
+    moved = {name.rpartition(".")[0] for name, value in model.encoder.state_dict().items()
+             if not torch.equal(value, before[name])}
+    assert len(moved) == moving
+
+
 def test_partial_of_a_pyramid(pretrained):
     """Swin: the merging behind a stage belongs to its last block; the half of a block is its MLP and the norm ahead."""
     cfg, saved = finetune.resolve(finetune.Config(init=str(pretrained["pyramid"]), train_blocks=2.5))
