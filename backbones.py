@@ -23,11 +23,9 @@ LINES = (nn.Sequential, MaxVitBlock, MaxVitLayer)  # what only calls its childre
 PROBE = (128, 192)  # pixels of the image that shows the strides of a network
 
 
-def build(model, img_size, patch_size, in_chans, **options):
-    """The encoder called `model`, "torchvision:NAME", with random weights. ValueError for an unknown name, or sizes
-    that do not fit together."""
-    kind = TorchvisionViT if model.startswith("torchvision:vit_") else Torchvision
-    return kind(model, img_size, patch_size, in_chans, **options)
+def kind_of(model):
+    """The class that wraps the model "torchvision:NAME"."""
+    return TorchvisionViT if model.startswith("torchvision:vit_") else Torchvision
 
 
 class DropPath(nn.Module):

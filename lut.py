@@ -219,7 +219,7 @@ def check(cfg, encoder):
     options.one_of(cfg, target="pixels norm_pixels", steering="unmasked masked both", crop="simple random_resized",
                    context="pooled cls tokens pooled+tokens", context_loss="cosine infonce smooth_l1")
     if encoder.num_prefix == 0:
-        raise ValueError(f"a pyramid such as {cfg.model} cannot encode a set of patches; see um_mae.py")
+        raise ValueError(f"{cfg.model} cannot encode a set of patches, as a ViT can; um_mae.py is for pyramids")
     if not 0.5 <= cfg.mask_ratio < 1 or encoder.grid == (1, 1) or cfg.head_width < 1:
         raise ValueError("views of at least two patches that show no place twice need --mask_ratio in [0.5, 1), and "
                          f"--head_width is 1 or more, not {cfg.mask_ratio} and {cfg.head_width}")

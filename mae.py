@@ -93,7 +93,7 @@ class MAE(nn.Module):
         pixels = self.encoder.stride**2 * cfg.in_chans
         values = cfg.pca_dim if cfg.target == "pca" else pixels  # what is predicted for a patch
         if self.encoder.num_prefix == 0:
-            raise ValueError(f"a pyramid such as {cfg.model} cannot encode a set of patches; see um_mae.py")
+            raise ValueError(f"{cfg.model} cannot encode a set of patches, as a ViT can; um_mae.py is for pyramids")
         if not 0 <= cfg.mask_ratio < 1 or not 0 < values <= pixels:
             raise ValueError(f"--mask_ratio takes [0, 1), --pca_dim 1..{pixels}, not {cfg.mask_ratio}, {cfg.pca_dim}")
         if cfg.mask not in SCORES or cfg.target not in ("pixels", "norm_pixels", "pca"):

@@ -19,6 +19,7 @@ timm's, so that weights travel.
 """
 
 import functools
+import inspect
 import itertools
 import math
 
@@ -80,17 +81,18 @@ PVT2 = {"pvtv2_tiny": ((32, 64, 128, 256), (1, 1, 2, 1), (1, 2, 4, 8), (4, 4, 4,
 def build(model, img_size, patch_size=0, in_chans=3, **options):
     """The encoder called `model` (such as "vit_b", or "torchvision:resnet18": see backbones.py). `patch_size` 0 is 16
     for a ViT and 4, which is all there is, for a pyramid. `options` as the class takes them. ValueError for an unknown
-    name or sizes that do not fit together."""
-    if "window" in options and not model.startswith("swin"):
-        raise ValueError(f"--window is for swin_*, and {model} takes none")
-    for kind, sizes in (ViT, VIT), (Swin, SWIN), (PyramidViT, PVT), (PyramidViT2, PVT2):
-        if model in sizes:
-            patch_size = patch_size or (16 if kind is ViT else 4)
-            return kind(model, img_size, patch_size, in_chans, *sizes[model], **options)
-    if model.startswith("torchvision:"):
-        return backbones.build(model, img_size, patch_size, in_chans, **options)
-    names = ", ".join([*VIT, *SWIN, *PVT, *PVT2])
-    raise ValueError(f"unknown --model {model!r}; there are {names}, and torchvision:NAME, as torchvision:resnet18")
+    name or option, or sizes that do not fit together."""
+    sizes = {ViT: VIT, Swin: SWIN, PyramidViT: PVT, PyramidViT2: PVT2}
+    kind = next((kind for kind in sizes if model in sizes[kind]), None)
+    if kind is None and not model.startswith("torchvision:"):
+        names = ", ".join(itertools.chain(*sizes.values()))
+        raise ValueError(f"unknown --model {model!r}; there are {names}, and torchvision:NAME, as torchvision:resnet18")
+    kind = kind or backbones.kind_of(model)
+    if unknown := options.keys() - inspect.signature(kind).parameters.keys():
+        raise ValueError(f"{model} takes no --{min(unknown)}")
+    if kind in sizes:
+        patch_size = patch_size or (16 if kind is ViT else 4)
+    return kind(model, img_size, patch_size, in_chans, *sizes.get(kind, {}).get(model, ()), **options)
 
 
 def one_map(encoder, imgs, noise=None):

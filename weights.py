@@ -22,6 +22,8 @@ import models
 import tensorfile
 from options import Size, parse_value, user_errors
 
+OPTIONS = {"window": int, "bias": str, "positions": str, "layer_scale": float, "reduction": list, "max_stride": int}
+
 
 def read_encoder(path, size=(0, 0)):
     """The content of an encoder.pt, or of published weights (.pth, .pt, .safetensors) in that form, with "notes" on
@@ -44,6 +46,7 @@ def read_encoder(path, size=(0, 0)):
     kinds = {"classes": list, "tensors": dict, "pool": str, "head_norm": str}
     if len(numbers) != 4 or not all(isinstance(n, int) and 0 < n <= 2**16 for n in numbers) \
             or not all(isinstance(arch.get(name), int | list) for name in ("width", "depth", "num_heads")) \
+            or not all(isinstance(value, OPTIONS.get(name, ())) for name, value in arch["options"].items()) \
             or not isinstance(head, dict) or not all(isinstance(head.get(name), kinds[name]) for name in kinds):
         raise ValueError(f"{path} is not an encoder.pt of this project")
     return saved

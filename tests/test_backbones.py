@@ -316,7 +316,8 @@ def test_methods_refuse_what_would_show_hidden_pixels(method, cfg, said):
     ("torchvision:resnet18", (64, 64), {"max_stride": 1}, "squares of 1 pixels"),
     ("torchvision:alexnet", (64, 64), {}, "has no map"), ("torchvision:inception_v3", (299, 299), {}, "has no map"),
     ("torchvision:maxvit_t", (224, 448), {}, "takes squares of 224"),
-    ("torchvision:swin_t", (64, 64), {"window": 7}, "takes none"), ("vit_b", (64, 64), {"window": 7}, "takes none")])
+    ("torchvision:swin_t", (64, 64), {"window": 7}, "takes no --window"),
+    ("vit_b", (64, 64), {"window": 7}, "takes no --window")])
 def test_refusals(model, img_size, options, said):
     with pytest.raises(ValueError, match=said) as error:
         models.build(model, img_size, **options)

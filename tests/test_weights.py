@@ -38,7 +38,8 @@ def test_an_encoder_of_another_architecture_is_refused(name, value):
     {"arch.img_size": [32]}, {"arch.img_size": ["a", "b"]}, {"arch.img_size": [None, 32]}, {"arch.img_size": 32},
     {"arch.img_size": {"a": 1, "b": 2}}, {"arch.img_size": [10**9, 10**9]}, {"arch.img_size": [-32, 32]},
     {"arch.img_size": [0, 0]}, {"arch.patch_size": 0}, {"arch.patch_size": -8}, {"arch.patch_size": 8.0},
-    {"arch.model": 7}], ids=repr)
+    {"arch.model": 7}, {"arch.options": {"windows": 7}}, {"arch.options": {"positions": 3}},
+    {"arch.options": {"layer_scale": "0.1"}}], ids=repr)
 def test_a_file_that_only_looks_like_an_encoder_is_refused_in_one_line(tmp_path, changes):
     encoder = models.build("vit_tiny", (32, 32), 8)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
