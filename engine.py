@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401  names the failed worker to torchrun
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import checkpoint
@@ -99,7 +100,9 @@ def start(cfg):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     if world > 1 and not cfg.plan:
         timeout = datetime.timedelta(minutes=cfg.timeout_minutes)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(cfg.out, store)  # one command may make several runs; none must read another's keys
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     torch.manual_seed(cfg.seed)  # of the weights; whatever comes later draws from seed_of
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return types.SimpleNamespace(rank=rank, world=world, main=rank == 0, device=device, dtype=dtype, scaler=scaler,

@@ -26,6 +26,8 @@ import engine
 import evaluate
 import figures
 import models
+import phases
+import teachers
 
 
 @dataclass
@@ -40,6 +42,12 @@ class Config(engine.RunConfig):
     decoder_depth: int = 1  # blocks; 0 for a linear layer instead of a decoder
     decoder_width: int = 256  # channels
     decoder_heads: int = 0  # attention heads; 0 is one for every 32 channels
+    teacher: str = "none"  # distillation: encoder.pt of a trained encoder, or torchvision:NAME with its weights
+    teacher_weight: float = 1.0  # of the distillation loss beside that of the target
+    init: str = "none"  # last.pt of an earlier run, of another image size maybe, whose weights to start from
+    phase_sizes: str = "none"  # FastMIM-P: image size of every phase, such as 128,160,192; see phases.py
+    phase_epochs: str = "none"  # passes over the images in every phase, such as 200,100,100
+    phase_batches: str = "none"  # batch_size of every phase; none for the same in all
     img_size: engine.Size = (128, 128)  # height x width in pixels
     in_chans: int = 3  # image channels
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area that a random crop covers; 1,1 for none
@@ -68,9 +76,9 @@ def hog(imgs, cell):
     The filters are written out, in the order of their rows: on a straight edge one gradient is 0 but for rounding, and
     rounding decides on its bin. A convolution would round as the device likes, to TF32 on some.
     """
-    (H, W), x = imgs.shape[2:], F.pad(imgs, (1, 1, 1, 1), mode="reflect")  # (B, C, H + 2, W + 2)
-    nw, n, ne, w, _, e, sw, s, se = (x[..., i : i + H, j : j + W] for i in range(3) for j in range(3))  # neighbours
-    gx = nw - ne + 2 * w - 2 * e + sw - se  # (B, C, H, W)
+    (H, W), x = imgs.shape[2:], F.pad(imgs, (1, 1, 1, 1), mode="reflect")  # x: (B, C, H + 2, W + 2)
+    nw, n, ne, west, _, east, sw, s, se = (x[..., i : i + H, j : j + W] for i in range(3) for j in range(3))
+    gx = nw - ne + 2 * west - 2 * east + sw - se  # (B, C, H, W)
     gy = nw + 2 * n + ne - sw - 2 * s - se
     # A gradient and its opposite are one orientation; all of its strength goes to one bin.
     bins = (torch.atan2(gx, gy) / math.pi * BINS).floor().long() % BINS
@@ -79,19 +87,6 @@ def hog(imgs, cell):
     place = ((bins * h + rows) * w + columns).flatten(2)  # (B, C, H*W), in a histogram (9, h, w) of every channel
     votes = gx.new_zeros(*gx.shape[:2], BINS * h * w).scatter_add_(2, place, torch.hypot(gx, gy).flatten(2))
     return F.normalize(votes.unflatten(2, (BINS, h, w)), dim=2).flatten(1, 2)  # (B, C*9, h, w)
-
-
-def glyphs(cells, size=15):
-    """Histograms (B, 9*C, h, w) as grey images (B, 1, h*size, w*size): in each cell a stroke per orientation, along
-    the edge, as bright as the mean of its channels."""
-    angle = (torch.arange(BINS, device=cells.device) + 0.5) * math.pi / BINS
-    place = torch.linspace(-1, 1, size, device=cells.device)
-    x, y = place[None, None], place[None, :, None]
-    off = (x * angle.sin()[:, None, None] + y * angle.cos()[:, None, None]).abs()  # (9, size, size), from the line
-    strokes = (1 - off * size / 3).clamp(min=0) * (x * x + y * y <= 1)  # (9, size, size)
-    cells = cells.unflatten(1, (-1, BINS)).mean(dim=1).clamp(min=0)  # (B, 9, h, w)
-    picture = torch.stack([torch.kron(c, s) for c, s in zip(cells.unbind(1), strokes, strict=True)], dim=1)
-    return picture.amax(dim=1, keepdim=True).clamp(max=1)  # (B, 1, h*size, w*size)
 
 
 # ---------------------------------------- Model
@@ -105,36 +100,41 @@ class FastMIM(nn.Module):
         self.encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, **options)
         side, C = self.encoder.out_stride, cfg.in_chans  # pixels of a token of the latent
         self.unit = cfg.mask_unit or side
-        # The finest part of a token that can be hidden by itself: a cell of the HOG target, or a pixel.
         # DIFF: FastMIM's cells are 8 px; tokens of less than 16 px, for small images, get cells of half their side.
         self.cell = max(n for n in range(1, 9) if side % n == 0 and (2 * n <= side or n == 1))
-        self.part = self.cell if cfg.target == "hog" else 1
+        self.part = self.cell if cfg.target == "hog" else 1  # pixels of what can be hidden by itself
         self.check(cfg, side)
         self.cfg = cfg
         self.units = tuple(n // self.unit for n in cfg.img_size)
         self.num_noise = self.units[0] * self.units[1]  # U
         self.kept = math.floor(self.num_noise * (1 - cfg.mask_ratio) + 1e-9)  # 100 * (1 - 0.9) is 9.999...
         if self.kept == 0:
-            raise ValueError(f"--mask_ratio {cfg.mask_ratio} hides all {self.num_noise} units of {self.unit} px; "
-                             "try a lower one, a smaller --mask_unit or a larger --img_size")
+            raise ValueError(f"--mask_ratio {cfg.mask_ratio} hides all {self.num_noise} units of {self.unit} px: it "
+                             "must be lower, or --mask_unit smaller")
         values = (BINS * C if cfg.target == "hog" else C) * (side // self.part) ** 2
         if cfg.decoder_depth:
-            heads = cfg.decoder_heads or max(1, cfg.decoder_width // 32)
+            heads, eps = cfg.decoder_heads or max(1, cfg.decoder_width // 32), 1e-5 if options else 1e-6  # Swin: 1e-5
             self.decoder = models.Decoder(self.encoder.width, values, None, cfg.decoder_width, cfg.decoder_depth, heads,
-                                          self.encoder.num_prefix,
-                                          eps=1e-5 if cfg.model.startswith("swin") else 1e-6)  # released code
+                                          self.encoder.num_prefix, eps=eps)
             self.decoder.checkpointing = cfg.activation_checkpointing
         else:
             self.decoder = nn.Linear(self.encoder.width, values)
         self.encoder.checkpointing = cfg.activation_checkpointing
         self.mask_token = nn.Parameter(torch.randn(1, C, 1, 1) * 0.02)
+        self.teacher = None if cfg.teacher == "none" else teachers.frozen_encoder(cfg.teacher, cfg)
+        if self.teacher:
+            self.project = nn.Linear(self.encoder.width, self.teacher.width)
+            if self.teacher.out_stride != side:
+                raise ValueError(f"--teacher and --model need equal strides, not {self.teacher.out_stride}, {side}")
+        if cfg.init != "none" and not cfg.plan:
+            phases.start_from(self, cfg.init)
 
     def check(self, cfg, side):
         """ValueError, with the way out, unless units, parts, tokens and image fit together."""
         unit, part = self.unit, self.part
-        if not 0 <= cfg.mask_ratio < 1 or cfg.target not in ("hog", "pixels", "norm_pixels") or cfg.decoder_depth < 0:
-            raise ValueError("--mask_ratio takes [0, 1), --target hog, pixels, norm_pixels, --decoder_depth 0 or more; "
-                             f"not {cfg.mask_ratio}, {cfg.target}, {cfg.decoder_depth}")
+        if not 0 <= cfg.mask_ratio < 1 or cfg.target not in ("hog", "pixels", "norm_pixels"):
+            raise ValueError("--mask_ratio must lie in [0, 1) and --target be hog, pixels or norm_pixels, not "
+                             f"{cfg.mask_ratio} and {cfg.target}")
         if cfg.target == "hog" and side < 2:
             raise ValueError("--target hog needs tokens of 2 px or more; pixels and norm_pixels take any")
         if unit < 1 or unit % part or (unit % side and side % unit):
@@ -183,14 +183,11 @@ class FastMIM(nn.Module):
 
     def loss(self, pred, target, mask):
         """Mean squared error over what is hidden, fp32 (FastMIM, 4.1); 0 if nothing is. Where units are smaller than
-        tokens, only those cells or pixels of a token count that are hidden (ours: the paper does not say)."""
+        tokens, those cells or pixels of a token count that are hidden (ours: the paper does not say)."""
         hidden = models.patchify(self.spread(mask, self.unit // self.part), self.encoder.out_stride // self.part)
-        parts = hidden.shape[2]  # (B, N', parts)
-        error = (pred.float() - target).square()
-        if self.cfg.target == "hog":
-            error = error.unflatten(2, (-1, parts)).mean(dim=2)  # (B, N', parts)
-        else:
-            error = error.unflatten(2, (parts, -1)).mean(dim=3)  # (B, N', parts)
+        parts = hidden.shape[2]  # hidden is (B, N', parts), and so the error will be
+        split, of = ((-1, parts), 2) if self.cfg.target == "hog" else ((parts, -1), 3)
+        error = (pred.float() - target).square().unflatten(2, split).mean(dim=of)  # (B, N', parts)
         return (error * hidden).sum() / hidden.sum().clamp(min=1)
 
     def forward(self, imgs, noise):
@@ -198,7 +195,24 @@ class FastMIM(nn.Module):
         mask = self.mask(noise)
         latent = self.encode(self.embed(imgs, mask))
         pred = self.decode(latent)
-        return self.loss(pred, self.target(imgs), mask)
+        loss = self.loss(pred, self.target(imgs), mask)
+        return loss + self.cfg.teacher_weight * self.distil(latent, imgs) if self.teacher else loss
+
+    def distil(self, latent, imgs):
+        """How far the projected latent is from what the teacher makes of the whole image, fp32 (FastMIM, 5.6)."""
+        # DIFF: of FastMIM's distillation, layers and scale are not given; here it is the last map, normalised, in mean.
+        with torch.no_grad():
+            wanted = self.teacher.encode(self.teacher.embed(imgs))[:, self.teacher.num_prefix :].float()
+        found = self.project(latent[:, self.encoder.num_prefix :]).float()  # (B, N', width of the teacher)
+        return F.l1_loss(found, F.layer_norm(wanted, wanted.shape[2:]))
+
+    def state_dict(self, *args, **options):
+        """Without the teacher, which stays in the file it came from."""
+        return {k: v for k, v in super().state_dict(*args, **options).items() if not k.startswith("teacher.")}
+
+    def load_state_dict(self, tensors, *args, **options):
+        own = {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()} if self.teacher else {}
+        return super().load_state_dict({**tensors, **own}, *args, **options)
 
     def prepare(self, imgs, noise):
         """Before training: the loss of two trivial predictors (zero, and the mean target of `imgs`), which the first
@@ -221,7 +235,7 @@ def reconstruct(model, imgs, noise):
         pred, target = (F.pixel_shuffle(x.transpose(1, 2).unflatten(2, grid), r) for x in (pred, target))
         pasted = torch.where(model.spread(mask, model.unit // model.part), pred, target)  # (B, 9*C, H/cell, W/cell)
         hogs = {"HOG": target, "prediction": pred, "prediction\nand visible": pasted}
-        return rows | {title: glyphs(cells) for title, cells in hogs.items()}
+        return rows | {title: figures.glyphs(cells) for title, cells in hogs.items()}
     note = ""
     if model.cfg.target == "norm_pixels":
         mean, std = models.patch_statistics(models.patchify(imgs, side))
@@ -234,6 +248,7 @@ def reconstruct(model, imgs, noise):
 # ---------------------------------------- Training
 
 @engine.record
+@phases.in_phases(Config, FastMIM, __doc__)
 def main(argv=None):
     # Set-up: the same text in every method file, but for the name of the model.
     cfg = engine.configure(Config, __doc__, argv)

@@ -1,6 +1,9 @@
 """Every figure of the project. matplotlib is imported where a figure is drawn, so that training does not need it."""
 
+import math
 from pathlib import Path
+
+import torch
 
 from options import user_errors
 
@@ -24,6 +27,19 @@ def new_figure(width, height):
 def as_picture(img):
     """(C, H, W) in [0, 1] -> what imshow takes: (H, W, 3), or (H, W) grey if there are no three channels to show."""
     return img[:3].permute(1, 2, 0).cpu().numpy() if len(img) >= 3 else img[0].cpu().numpy()
+
+
+def glyphs(cells, bins=9, size=15):
+    """Histograms of oriented gradients (B, C*bins, h, w) as grey images (B, 1, h*size, w*size): in each cell a stroke
+    for every orientation, along the edge, as bright as the mean of its channels."""
+    angle = (torch.arange(bins, device=cells.device) + 0.5) * math.pi / bins  # of the gradient, from the vertical
+    place = torch.linspace(-1, 1, size, device=cells.device)
+    x, y = place[None, None], place[None, :, None]
+    away = (x * angle.sin()[:, None, None] + y * angle.cos()[:, None, None]).abs()  # (bins, size, size), from the line
+    strokes = (1 - away * size / 3).clamp(min=0) * (x * x + y * y <= 1)  # (bins, size, size)
+    cells = cells.float().unflatten(1, (-1, bins)).mean(dim=1).clamp(min=0)  # (B, bins, h, w)
+    drawn = [torch.kron(part, stroke) for part, stroke in zip(cells.unbind(1), strokes, strict=True)]
+    return torch.stack(drawn).amax(dim=0)[:, None].clamp(max=1)  # (B, 1, h*size, w*size)
 
 
 def grid(path, rows, title):

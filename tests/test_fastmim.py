@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, equal, flags, log_of
+from conftest import ROOT, equal, finish, flags, log_of, start, torchrun
 
 import data
 import fastmim
+import figures
 import finetune
+import weights
 
 KINDS = {"vit": {"model": "vit_tiny", "patch_size": 16}, "vit 4 px": {"model": "vit_tiny", "patch_size": 4},
          "swin": {"model": "swin_tiny"}, "swin 16 px": {"model": "swin_tiny", "mask_unit": 16},
@@ -107,11 +109,11 @@ def test_glyphs_run_along_the_edges():
     """A vertical edge is drawn as a vertical stroke, and a weak one darker than a strong one."""
     img = torch.zeros(1, 1, 16, 16)
     img[..., 4:] = 1.0
-    drawn = fastmim.glyphs(fastmim.hog(img, 8))[0, 0]
+    drawn = figures.glyphs(fastmim.hog(img, 8))[0, 0]
     stroke = drawn[:15, :15]
     assert drawn.shape == (30, 30) and stroke[:, 7].mean() > 0.8 > 0.2 > stroke[7].mean()
     assert drawn[:15, 15:].max() == 0 and 0 <= drawn.min() and drawn.max() <= 1
-    assert torch.allclose(fastmim.glyphs(0.5 * fastmim.hog(img, 8))[0, 0], 0.5 * drawn)
+    assert torch.allclose(figures.glyphs(0.5 * fastmim.hog(img, 8))[0, 0], 0.5 * drawn)
 
 
 # Masks
@@ -318,4 +320,142 @@ def test_a_run_and_fine_tuning(kind, changes, run, tmp_path):
 def test_a_wrong_size_is_one_line(run, tmp_path):
     done = run("run", img_size="60x64")
     assert done.code == 2 and "--patch_size 8 does not divide" in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# Distillation
+
+
+def export(model, path):
+    saved = {"arch": model.encoder.arch, "model": model.encoder.state_dict(), "method": "FastMIM"}
+    weights.checkpoint.write(path, saved)
+    return str(path)
+
+
+def test_a_teacher_is_asked_about_the_whole_image_and_stays_what_it_is(tmp_path):
+    wide = build("swin", img_size=(96, 96))
+    model = build("pvt", teacher=export(wide, tmp_path / "encoder.pt"), teacher_weight=0.5)
+    alone = build("pvt")
+    alone.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("project")})
+    imgs, noise = batch(model)
+    before = [p.clone() for p in model.teacher.parameters()]
+    latent = model.encode(model.embed(imgs, model.mask(noise)))
+    wanted = model.teacher(imgs)
+    wanted = (wanted - wanted.mean(2, True)) / (wanted.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    apart = (model.project(latent) - wanted).abs().mean()
+    loss = model(imgs, noise)
+    torch.testing.assert_close(loss, alone(imgs, noise) + 0.5 * apart)
+    loss.backward()
+    assert all(p.grad is None and torch.equal(p, q) for p, q in zip(model.teacher.parameters(), before, strict=True))
+    assert model.project.weight.grad.abs().sum() > 0 and not model.teacher.training
+    assert not any(name.startswith("teacher") for name in model.state_dict())
+    groups = fastmim.engine.parameter_groups(model, 0.05)
+    assert not any(name.startswith("teacher") for group in groups for name in group["names"])
+
+
+@pytest.mark.parametrize("teacher,said", [("/no/such.pt", "/no/such.pt"), ("torchvision:resnet", "resnet"),
+                                          ("encoder.pt", "equal strides, not 16, 32")])
+def test_a_teacher_that_does_not_fit_is_refused(teacher, said, tmp_path):
+    teacher = export(build("vit"), tmp_path / teacher) if teacher == "encoder.pt" else teacher
+    with pytest.raises((ValueError, OSError), match=said) as error:
+        build("swin", teacher=teacher)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_with_a_teacher_resumes_from_its_path(run, tmp_path):
+    """The teacher is a fine-tuned encoder, without the norm that its head took away."""
+    assert run("teacher", finetune, model="vit_tiny", patch_size=8, max_steps=1, head_start="random").code == 0
+    teacher = tmp_path / "teacher" / "encoder.pt"
+    for name, more in (("whole", {}), ("parts", {"max_steps": 1}), ("parts", {"resume": True})):
+        done = run(name, teacher=teacher, **more)
+        assert done.code == 0 and done.err == "", done.err
+    whole, parts = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert equal(whole["model"], parts["model"]) and equal(whole["optimizer"], parts["optimizer"])
+    assert "project.weight" in whole["model"] and not any(name.startswith("teacher") for name in whole["model"])
+
+
+# Phases
+
+
+PHASES = {"phase_sizes": "32,64x96", "phase_epochs": "1,1", "phase_batches": "4,6", "micro_batch": 2, "max_steps": 0,
+          "model": "swin_tiny", "patch_size": 0, "mask_unit": 16, "window": 2, "base_lr": 0.032, "warmup_epochs": 0}
+FOLDERS = ("phase1_32px", "phase2_64x96px")
+
+
+def test_phases_are_runs_that_hand_their_weights_on(run, folder, tmp_path):
+    """36 images: 9 steps of 4, then 6 of 6. Stopped and resumed it ends bit-identical; two processes, which go from
+    phase to phase together, take the same steps."""
+    words = flags(**{"data": folder, "log_every": 1, "device": "cpu", **PHASES, "out": tmp_path / "two",
+                     "max_steps": None, "micro_batch": 1})
+    two = start(*torchrun(2, "fastmim.py", "--config", ROOT / "configs" / "fastmim_tiny.yaml", *words))
+    done = run("one", **PHASES)
+    assert done.code == 0 and done.err == "", done.err
+    first, second = (log_of(tmp_path / "one" / name) for name in FOLDERS)
+    assert (len(first), len(second)) == (9, 6)
+    assert second[0]["lr"] == pytest.approx(1.5 * first[0]["lr"]) and first[0]["lr"] > 0  # the batch grew from 4 to 6
+    small, large = (torch.load(tmp_path / "one" / name / "encoder.pt") for name in FOLDERS)
+    assert [saved["arch"]["options"]["window"] for saved in (small, large)] == [2, 4]
+    assert equal(torch.load(tmp_path / "one" / "encoder.pt"), large)
+    assert "weights start from" in done.out and "2x2 to 4x4" in done.out
+
+    assert run("parts", **{**PHASES, "max_steps": 11}).code == 0
+    assert not (tmp_path / "parts" / "encoder.pt").exists() and len(log_of(tmp_path / "parts" / FOLDERS[1])) == 2
+    assert run("parts", **PHASES, resume=True).code == 0
+    for name in FOLDERS:
+        one, parts = (torch.load(tmp_path / out / name / "last.pt") for out in ("one", "parts"))
+        assert equal(one["model"], parts["model"]) and equal(one["optimizer"], parts["optimizer"])
+
+    code, _, err = finish(two, timeout=300)
+    assert code == 0, err[-2000:]
+    for name in FOLDERS:
+        one, two = (log_of(tmp_path / out / name) for out in ("one", "two"))
+        for key in ("loss", "grad_norm"):
+            assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-3)
+
+
+def test_a_phase_starts_with_the_weights_of_the_one_before(tmp_path):
+    """Tables resized as an image; everything else, decoder included, as it was."""
+    old = build("swin", img_size=(64, 64), window=4)
+    for table in [p for name, p in old.named_parameters() if name.endswith("bias_table")]:
+        torch.nn.init.normal_(table)
+    step = {"optimizer": {}, "scaler": {}, "step": 7, "config": fastmim.engine.plain(fastmim.engine.fixed(old.cfg))}
+    weights.checkpoint.write(tmp_path / "last.pt", {"model": old.state_dict(), **step})
+    new = build("swin", seed=1, img_size=(96, 96), window=6, init=str(tmp_path / "last.pt"))
+    for (name, a), b in zip(old.state_dict().items(), new.state_dict().values(), strict=True):
+        if a.shape == b.shape:
+            assert torch.equal(a, b), name
+        else:
+            n, m = (int(len(x) ** 0.5 + 1) // 2 for x in (a, b))
+            assert name.endswith("bias_table") and (n, m) in ((4, 6), (2, 3))
+            assert torch.equal(b, weights.resize_bias_table(a, (n, n), (m, m), "bicubic"))
+    for change, said in (({"target": "pixels"}, "--target hog, not pixels"), ({"decoder_width": 64}, "decoder"),
+                         ({"in_chans": 1}, "--in_chans 3")):
+        with pytest.raises(ValueError, match=said):
+            build("swin", init=str(tmp_path / "last.pt"), **change)
+
+
+def test_fixed_positions_are_computed_for_each_size(tmp_path):
+    old = build("vit", img_size=(64, 64))
+    step = {"optimizer": {}, "scaler": {}, "step": 7, "config": fastmim.engine.plain(fastmim.engine.fixed(old.cfg))}
+    weights.checkpoint.write(tmp_path / "last.pt", {"model": old.state_dict(), **step})
+    new = build("vit", img_size=(64, 96), init=str(tmp_path / "last.pt"))
+    assert torch.equal(new.encoder.pos_embed, fastmim.models.sincos_positions((4, 6), 96))
+    assert torch.equal(new.decoder.pred.weight, old.decoder.pred.weight)
+
+
+def test_overwriting_phases_leaves_no_weights_of_later_ones(run, tmp_path):
+    """Else a run that is stopped in its first phase would go on with the second of the run it replaced."""
+    assert run("run", **{**PHASES, "max_steps": 10}).code == 0
+    assert (tmp_path / "run" / FOLDERS[1] / "last.pt").exists()
+    assert run("run", **{**PHASES, "overwrite": True, "max_steps": 1, "seed": 5}).code == 0
+    assert not list((tmp_path / "run" / FOLDERS[1]).glob("*.pt"))
+
+
+@pytest.mark.parametrize("changes,said", [
+    ({"phase_epochs": "1"}, "one number for every phase"), ({"phase_sizes": "32,x"}, "--phase_sizes"),
+    ({"phase_epochs": "1,many"}, "--epochs"), ({"phase_batches": "4,5"}, "--micro_batch 2 does not divide"),
+    ({"phase_sizes": "32,40"}, "40x40 must be divisible")], ids=lambda value: str(value)[:30])
+def test_phases_that_do_not_fit_are_refused_before_the_first(changes, said, run, tmp_path):
+    done = run("run", **{**PHASES, **changes})
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,120 @@
+"""FastMIM-P: pre-training in phases, each on larger images than the one before (FastMIM, 4.2).
+
+    --phase_sizes 128,160,192 --phase_epochs 200,100,100   ->   OUT/phase1_128px, OUT/phase2_160px, OUT/phase3_192px
+
+Every phase is a run of its own, which is stopped and resumed like any other. Its weights start from those that the one
+before ends with; OUT/encoder.pt is the encoder of the last one.
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import data
+import engine
+import weights
+from options import parse_value
+
+
+def in_phases(config_class, model_class, doc):
+    """Decorator of a script's `main`: with --phase_sizes, `main` runs once for every phase."""
+    def decorate(main):
+        @functools.wraps(main)
+        def run(argv=None):
+            words = list(sys.argv[1:] if argv is None else argv)
+            cfg = engine.configure(config_class, doc, words)
+            if cfg.phase_sizes == "none":
+                return main(words)
+            with engine.user_errors():
+                runs = [[*words, *own] for own in phases_of(cfg)]
+            configs = [engine.configure(config_class, doc, own) for own in runs]
+            with engine.user_errors(), torch.device("meta"):  # what does not fit is said before the first one begins
+                for own in configs:
+                    engine.check(own, int(os.environ.get("WORLD_SIZE", 1)))
+                    model_class(dataclasses.replace(own, init="none", teacher="none"))
+            one_by_one(main, cfg, runs, configs)
+        return run
+    return decorate
+
+
+def phases_of(cfg):
+    """The words that every phase adds to the command line. ValueError if the phases are not as many as their epochs."""
+    sizes, epochs = cfg.phase_sizes.split(","), cfg.phase_epochs.split(",")
+    batches = [str(cfg.batch_size)] * len(sizes) if cfg.phase_batches == "none" else cfg.phase_batches.split(",")
+    if not len(sizes) == len(epochs) == len(batches):
+        raise ValueError("--phase_sizes, --phase_epochs and --phase_batches hold one number for every phase, not "
+                         f"{cfg.phase_sizes} and {cfg.phase_epochs} and {cfg.phase_batches}")
+    if (Path(cfg.out) / "last.pt").exists():
+        raise ValueError(f"--out {cfg.out} holds a run without phases: name another")
+    sizes, words, init = [parse_value("phase_sizes", engine.Size, size) for size in sizes], [], cfg.init
+    # DIFF: FastMIM-P's paper does not say what becomes of schedule and optimizer between phases. Here both start anew:
+    # resized tables have no moments, batch and learning rate may change, and so every phase ends with a usable encoder.
+    # DIFF: Swin's windows grow with the images (8, 10, 12 at 128, 160, 192 px); the paper resizes a table of window 14.
+    for i, ((h, w), length, batch) in enumerate(zip(sizes, epochs, batches, strict=True)):
+        name = f"phase{i + 1}_{h}px" if h == w else f"phase{i + 1}_{h}x{w}px"
+        out, window = Path(cfg.out) / name, max(1, round(cfg.window * h / sizes[0][0]))
+        seed = engine.seed_of(cfg.seed, "phase", i)  # other orders, crops and masks than in the phase before
+        own = {"phase_sizes": "none", "img_size": f"{h}x{w}", "window": window, "epochs": length, "batch_size": batch,
+               "out": out, "init": init, "seed": seed}
+        words.append([word for name, value in own.items() for word in (f"--{name}", str(value))])
+        init = out / "last.pt"
+    return words
+
+
+def one_by_one(main, cfg, runs, configs):
+    """Run all phases, or plan them. A signal ends the command in the phase it comes in; --max_steps counts the steps of
+    all of them."""
+    first = os.environ.get("RANK", "0") == "0"
+    if cfg.overwrite and not cfg.resume and not cfg.plan and first:  # a later --resume must not find what is replaced
+        for path in [path for own in configs[1:] for path in Path(own.out).glob("*.pt")]:
+            path.unlink()
+    left = cfg.max_steps
+    for i, (words, own) in enumerate(zip(runs, configs, strict=True)):
+        if first:
+            print(f"phase {i + 1} of {len(runs)}: {own.img_size[0]}x{own.img_size[1]} px, {own.epochs:g} epochs, batch "
+                  f"{own.batch_size}", flush=True)
+        if cfg.max_steps and not cfg.plan:
+            if left <= 0:
+                return
+            words, left = [*words, "--max_steps", str(left)], left - steps_of(own)
+        main(words)
+    if first and not cfg.plan and left >= 0:
+        with engine.user_errors():
+            checkpoint.write(Path(cfg.out) / "encoder.pt", checkpoint.read(Path(configs[-1].out) / "encoder.pt"))
+
+
+def steps_of(cfg):
+    """Optimizer steps of a whole phase."""
+    with engine.user_errors():
+        one = types.SimpleNamespace(rank=0, world=1)
+        return engine.lengths(cfg, data.global_batches(len(data.pretrain_set(cfg)), cfg, one).steps_per_epoch)[0]
+
+
+def start_from(model, path):
+    """Copy all weights of the last.pt of an earlier run into `model`, which may be of another image size: learned
+    positions and bias tables are resized, a fixed table is computed. ValueError if it is another model."""
+    saved = checkpoint.read(path)
+    checkpoint.require_run(saved, path)
+    then, now = saved["config"], engine.plain(engine.fixed(model.cfg))
+    for name in ("model", "patch_size", "in_chans", "target", "teacher"):
+        if then.get(name) != now[name]:
+            raise ValueError(f"{path} is of a run with --{name} {then.get(name)}, not {now[name]}")
+    with torch.device("meta"):
+        old = type(model)(dataclasses.replace(model.cfg, init="none", teacher="none",
+                                              img_size=tuple(then["img_size"]), window=then["window"]))
+    inner = {k.removeprefix("encoder."): v for k, v in saved["model"].items() if k.startswith("encoder.")}
+    notes = weights.adapt_bias_tables(inner, old.encoder.arch, model.encoder, path, "bicubic")  # FastMIM, A.3.2
+    if "pos_embed" in dict(model.encoder.named_buffers()):
+        inner["pos_embed"] = model.encoder.pos_embed
+    elif "pos_embed" in inner and old.encoder.grid != model.encoder.grid:
+        inner["pos_embed"] = weights.resize_positions(inner["pos_embed"], old.encoder.grid, model.encoder.grid,
+                                                      model.encoder.num_prefix)
+    checkpoint.load_exactly(model, {**saved["model"], **{f"encoder.{k}": v for k, v in inner.items()}}, path)
+    if os.environ.get("RANK", "0") == "0":
+        print("; ".join([f"weights start from {path}, step {saved['step']}", *notes]), flush=True)

@@ -1,0 +1,46 @@
+"""Frozen encoders that a method learns from: of an earlier run, or torchvision's with its own weights."""
+
+import math
+from pathlib import Path
+
+import torch
+import torchvision
+
+import checkpoint
+import models
+import weights
+
+
+def frozen_encoder(source, cfg):
+    """The encoder that `source` names, for images as `cfg` has them, in eval mode and without gradients: of an
+    encoder.pt or published weights (see weights.py), or for torchvision:NAME torchvision's own. Under --plan its
+    weights are random. ValueError or OSError if there is none, or if it may not be fetched."""
+    if source.startswith("torchvision:"):
+        encoder = models.build(source, cfg.img_size, 0, cfg.in_chans)
+        if not cfg.plan:
+            load_published(encoder, source.removeprefix("torchvision:"), cfg.download)
+    else:
+        saved = weights.read_encoder(source)
+        arch = saved["arch"]
+        encoder = models.build(arch["model"], cfg.img_size, arch["patch_size"], cfg.in_chans, **arch["options"])
+        if not cfg.plan:
+            if hasattr(encoder, "norm") and "norm.weight" not in saved["model"]:  # fine-tuned: its head has the norm
+                encoder.norm = torch.nn.Identity()
+            weights.load_encoder(encoder, saved, source)
+    return encoder.eval().requires_grad_(False)
+
+
+def load_published(encoder, name, download):
+    """Copy torchvision's best weights of its model `name` into an encoder of backbones.py. They lie where torchvision
+    keeps what it has fetched; ValueError if they do not and `download` is not set."""
+    best = torchvision.models.get_model_weights(name).DEFAULT
+    path = Path(torch.hub.get_dir()) / "checkpoints" / best.url.rsplit("/", 1)[1]
+    if not path.exists() and not download:
+        raise ValueError(f"torchvision's weights of {name} are not at {path}: --download fetches them")
+    tensors = best.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    of_vit = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding"}  # our names, torchvision's
+    tensors = {k: tensors[of_vit.get(k, k.removeprefix("net."))] for k in encoder.state_dict()}
+    if "pos_embed" in tensors:
+        side = math.isqrt(tensors["pos_embed"].shape[1] - 1)  # all of these were trained on squares
+        tensors["pos_embed"] = weights.resize_positions(tensors["pos_embed"], (side, side), encoder.grid)
+    checkpoint.load_exactly(encoder, tensors, path)
