@@ -33,7 +33,7 @@ import teachers
 @dataclass
 class Config(engine.RunConfig):
     """Pre-training of ViT-B for 800 epochs (FastMIM, Table 11, and its released recipe)."""
-    model: str = "vit_b"  # a ViT, swin_{tiny,t,b,l}, pvt_{tiny,s}, pvtv2_{tiny,b2,b5}
+    model: str = "vit_b"  # a ViT, swin_{tiny,t,b,l}, pvt_{tiny,s}, pvtv2_{tiny,b2,b5}, torchvision:NAME
     patch_size: int = 0  # pixels; 0 is 16 for a ViT and 4 for a pyramid
     window: int = 4  # side of Swin's windows in tokens
     mask_unit: int = 0  # pixels; what is hidden are squares of this side; 0 is the stride of the encoder's output
@@ -73,9 +73,8 @@ def hog(imgs, cell):
     """imgs (B, C, H, W), fp32 -> (B, 9*C, H/cell, W/cell): for every cell and channel, how much gradient there is in
     each orientation, of norm 1 (Dalal & Triggs, 2005, as MaskFeat has it: Sobel filters, no overlapping blocks).
 
-    The filters are written out, in the order of their rows: on a straight edge one gradient is 0 but for rounding, and
-    rounding decides on its bin. A convolution would round as the device likes, to TF32 on some.
-    """
+    The filters are written out in the order of their rows: on a straight edge one gradient is 0 but for rounding, which
+    decides on the bin; a convolution would round as the device likes, to TF32 on some."""
     (H, W), x = imgs.shape[2:], F.pad(imgs, (1, 1, 1, 1), mode="reflect")  # x: (B, C, H + 2, W + 2)
     nw, n, ne, west, _, east, sw, s, se = (x[..., i : i + H, j : j + W] for i in range(3) for j in range(3))
     gx = nw - ne + 2 * west - 2 * east + sw - se  # (B, C, H, W)
@@ -185,8 +184,7 @@ class FastMIM(nn.Module):
         """Mean squared error over what is hidden, fp32 (FastMIM, 4.1); 0 if nothing is. Where units are smaller than
         tokens, those cells or pixels of a token count that are hidden (ours: the paper does not say)."""
         hidden = models.patchify(self.spread(mask, self.unit // self.part), self.encoder.out_stride // self.part)
-        parts = hidden.shape[2]  # hidden is (B, N', parts), and so the error will be
-        split, of = ((-1, parts), 2) if self.cfg.target == "hog" else ((parts, -1), 3)
+        split, of = ((-1, hidden.shape[2]), 2) if self.cfg.target == "hog" else ((hidden.shape[2], -1), 3)
         error = (pred.float() - target).square().unflatten(2, split).mean(dim=of)  # (B, N', parts)
         return (error * hidden).sum() / hidden.sum().clamp(min=1)
 

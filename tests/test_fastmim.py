@@ -1,10 +1,12 @@
 """fastmim.py: what is hidden, what the loss sees, the HOG target, whole runs, and that any backbone will do."""
 
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, equal, finish, flags, log_of, start, torchrun
 
 import data
@@ -16,6 +18,7 @@ import weights
 KINDS = {"vit": {"model": "vit_tiny", "patch_size": 16}, "vit 4 px": {"model": "vit_tiny", "patch_size": 4},
          "swin": {"model": "swin_tiny"}, "swin 16 px": {"model": "swin_tiny", "mask_unit": 16},
          "pvt": {"model": "pvt_tiny", "target": "norm_pixels"}, "pvtv2": {"model": "pvtv2_tiny"},
+         "resnet": {"model": "torchvision:resnet18"},
          "linear": {"model": "vit_tiny", "patch_size": 16, "decoder_depth": 0, "mask_unit": 32, "target": "pixels"}}
 
 
@@ -360,6 +363,23 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, said, tmp_path):
     with pytest.raises((ValueError, OSError), match=said) as error:
         build("swin", teacher=teacher)
     assert "\n" not in str(error.value)
+
+
+def test_a_teacher_of_torchvision_has_the_weights_that_are_there(monkeypatch, tmp_path):
+    torch.manual_seed(3)
+    net, folder = torchvision.models.resnet18(), tmp_path / "checkpoints"
+    best = types.SimpleNamespace(url="https://of/resnet18.pth", get_state_dict=lambda **_: net.state_dict())
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: types.SimpleNamespace(DEFAULT=best))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match="--download fetches them"):
+        build("swin", teacher="torchvision:resnet18")
+    folder.mkdir()
+    (folder / "resnet18.pth").touch()
+    model = build("swin", teacher="torchvision:resnet18")
+    imgs, noise = batch(model)
+    maps = torch.nn.Sequential(*list(net.eval().children())[:-2])(imgs)
+    torch.testing.assert_close(model.teacher(imgs), maps.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+    assert model(imgs, noise).isfinite()
 
 
 def test_a_run_with_a_teacher_resumes_from_its_path(run, tmp_path):
