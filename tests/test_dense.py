@@ -340,6 +340,17 @@ def test_pyramids_run(words_of, call, tmp_path, model, more):
     assert call(dense.main, words).code == 0
 
 
+def test_statistics_of_a_frozen_network_stay():
+    """A network of torchvision has maps, too, and its BatchNorm learns only where the rest does."""
+    cfg = config(model="torchvision:resnet18", patch_size=0, in_chans=2, freeze=True)
+    net, imgs = dense.build_dense(cfg, None, NAMES), torch.randn(2, 2, 32, 32) + 1
+    assert len(net.laterals) == 4
+    for net.freeze in (True, False):
+        before = net.encoder.net.bn1.running_mean.clone()
+        assert net.train()(imgs, torch.rand(2, net.num_noise)).shape == (2, 3, 32, 32)
+        assert torch.equal(net.encoder.net.bn1.running_mean, before) == net.freeze
+
+
 # Bad input
 
 
