@@ -8,7 +8,7 @@ are those of finetune.py; what differs is the head, labels that are maps (dense_
 and the evaluation: mean intersection over union, or root mean squared and relative error.
 
 Papers: Li et al., Uniform Masking, arXiv 2205.10063, 4 (segmentation); Xie et al., Revealing the Dark Secrets of Masked
-Image Modeling, arXiv 2205.13543, 4 (depth, and why pre-training by pixels might suit it).
+Image Modeling (SECRETS), arXiv 2205.13543, 4.2 (depth, where it beats supervised pre-training).
 
     CPU     python dense.py --config configs/dense_tiny.yaml --init runs/mae/encoder.pt --out runs/dense
     1 GPU   python dense.py --config configs/dense_segment_vit_b.yaml --init runs/mae_b/encoder.pt --data /data/ade20k
