@@ -37,6 +37,7 @@ LEARNS = {  # name: words of its pre-training
     "FastMIM PVTv2": "fastmim.py --config configs/fastmim_tiny.yaml --model pvtv2_tiny --patch_size 0 --mask_unit 8",
     "FastMIM ResNet-18":
         "fastmim.py --config configs/fastmim_tiny.yaml --model torchvision:resnet18 --patch_size 0 --mask_unit 8",
+    "LUT ViT": "lut.py --config configs/lut_tiny.yaml",
 }
 SHORT = ["--epochs", 2, "--warmup_epochs", 0.16]  # 1,250 steps of 32 images, a quarter of the recipe
 TESTS = {  # name: words of its finetune.py
