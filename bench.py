@@ -214,7 +214,7 @@ def table(result):
         shares = ", ".join(f"{row['flops'][i] / median[i] / row['matmul_flops_per_second']:.0%}" for i in (0, 1))
         work, peak = (row[key][1] / row[key][0] for key in ("flops", "peak_bytes"))
         lines.append(f"| {' | '.join(row['pair'])} | {row['precision']}, {row['batch']} | {speeds} | "
-                     f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {work:.2f} | "
+                     f"**{statistics.median(ratios):#.3g}** ({ratios[0]:#.3g} to {ratios[-1]:#.3g}) | {work:.2f} | "
                      f"{peak:.2f} (at {row.get('memory_batch', row['batch'])}) | {shares} | {row['published']} |")
     return "\n".join(lines)
 

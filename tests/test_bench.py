@@ -88,7 +88,7 @@ def test_result_file_and_table(tiny, tmp_path, capsys, what):
         a, b = row["seconds"]
         assert len(a) == len(b) == 2 and min(a + b) > 0
         assert row["ratios"] == pytest.approx([b[0] / a[0], b[1] / a[1]])
-        assert f"**{sum(row['ratios']) / 2:.2f}** ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})" in printed
+        assert f"**{sum(row['ratios']) / 2:#.3g}** ({min(row['ratios']):#.3g} to {max(row['ratios']):#.3g})" in printed
         assert f"| {row['flops'][1] / row['flops'][0]:.2f} | 1.00 (at 16) |" in printed
     assert result["rows"][0]["flops"] == result["rows"][1]["flops"]
     if what == "ratios":

@@ -5,6 +5,7 @@ import types
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import demo
 
@@ -66,3 +67,8 @@ def test_demo_runs_everything_anew(commands):
     for _ in range(2):
         demo.main(["--out", "runs"])
     assert len(commands) == 2 * (1 + 2 * len(demo.ARMS)) and all("--overwrite" in c for c in commands)
+
+
+def test_readme_shows_what_was_measured():
+    results = json.loads((ROOT / "results" / "learns.json").read_text())["results"]
+    assert demo.learns_table(results) in (ROOT / "README.md").read_text()
