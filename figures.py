@@ -123,3 +123,19 @@ def dense(path, results, scores):
         axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
         axis.spines[["top", "right"]].set_visible(False)
     save(path)
+
+
+def stability(path, results, title):
+    """A panel for every way to change an image: how much of each target changes."""
+    ways = list(next(iter(results.values())))
+    figure, save = new_figure(3.4 * len(ways), 3.2)
+    for axis, way in zip(figure.subplots(1, len(ways), sharey=True), ways, strict=True):
+        for target, changes in results.items():
+            points = {float(k): 100 * value["share"] for k, value in changes[way].items()}
+            axis.plot(list(points), list(points.values()), ".-", label=target)
+        axis.set(title=way, xlabel="std, of 255 levels" if way == "noise" else "pixels", yscale="log")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("change, % of the target's variance")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    save(path)
