@@ -11,7 +11,7 @@ Paper: FastMIM: Expediting Masked Image Modeling Pre-training for Vision, arXiv 
 
     CPU     python fastmim.py --config configs/fastmim_tiny.yaml --out runs/fastmim      (not measured)
     1 GPU   python fastmim.py --config configs/fastmim_vit_b.yaml --data /data/imagenet --out runs/fastmim_b
-    8 GPUs  torchrun --nproc-per-node 8 fastmim.py --config configs/fastmim_swin_b.yaml --data /data/imagenet ...
+    8 GPUs  torchrun --nproc-per-node 8 fastmim.py --config configs/fastmim_p_swin_l.yaml --data /data/imagenet ...
 """
 
 import math
