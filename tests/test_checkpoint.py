@@ -210,7 +210,8 @@ def test_a_directory_that_is_not_there(tmp_path):
 
 
 def test_kill_during_saves_always_leaves_a_whole_checkpoint(tmp_path):
-    """One process saves as fast as it can, in a child that is killed at a random moment, twenty times over."""
+    """One process saves as fast as it can, in a child that is killed at a random moment after its second save, twenty
+    times over."""
     writer = f"""
 import os, signal, sys, time, random
 sys.path.insert(0, ".")
@@ -218,11 +219,15 @@ import torch, checkpoint
 random.seed(0)
 content = lambda step: {{"model": {{"w": torch.full((300, 300), float(step))}}, "step": step}}
 for attempt in range(20):
+    saves, told = os.pipe()
     child = os.fork()
     if child == 0:
         for step in range(10**6):
             checkpoint.write({str(tmp_path / "a.pt")!r}, content(step))
-    time.sleep(0.05 + random.random() * 0.1)
+            os.write(told, b".")
+    os.read(saves, 1)
+    os.read(saves, 1)
+    time.sleep(random.random() * 0.05)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     saved = checkpoint.read_newest({str(tmp_path / "a.pt")!r})
@@ -232,7 +237,7 @@ for attempt in range(20):
     code, out, err = finish(start("-c", writer))
     whole = [line for line in out.splitlines() if line.startswith("whole")]
     assert code == 0 and len(whole) == 20, err
-    assert sum(int(line.split()[1]) > 0 for line in whole) >= 15  # the kills did fall between saves that went on
+    assert all(int(line.split()[1]) > 0 for line in whole)  # the kills did fall between saves that went on
 
 
 # Reading
