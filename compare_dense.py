@@ -4,7 +4,7 @@ Three encoders of one architecture: MAE's, after 8 epochs of `shapes` without la
 ten classes apart, from all 20,000 labels, in as many passes; and one with random weights. From each, dense.py segments
 and measures depth with a few labelled images, the encoder frozen and fine-tuned. A seed decides which images these are,
 the start of the head and the order; encoders are trained once. For fine-tuning, each arm has the better of two settings
-on the validation images; all else is equal. Scores are of 2,000 test images.
+on validation images of segmentation; all else is equal. Scores are of 2,000 test images.
 
 A run that --out holds already is taken as it is, so that the command can be stopped and given again.
 """
@@ -21,9 +21,8 @@ import finetune
 import mae
 
 ARMS = {"MAE": "mae", "supervised": "supervised", "random": None}  # arm: folder of the encoder
-FROZEN = ["--freeze", "--base_lr", 0.016]
-EVENLY, GENTLY = ["--base_lr", 0.004, "--layer_decay", 1], ["--base_lr", 0.016, "--layer_decay", 0.5]
-MODES = {"frozen": {arm: FROZEN for arm in ARMS},  # the best of what was tried: results/dense_tuning.json
+EVENLY, GENTLY = ("--base_lr", 0.004, "--layer_decay", 1), ("--base_lr", 0.016, "--layer_decay", 0.5)
+MODES = {"frozen": dict.fromkeys(ARMS, ("--freeze", "--base_lr", 0.016)),  # tried: results/dense_tuning.json
          "fine-tuned": {"MAE": EVENLY, "supervised": GENTLY, "random": EVENLY}}
 TASKS = {"segment": ("miou", "mIoU, per cent (more is better)"),  # task: score, its name
          "depth": ("rmse", "RMSE, metres (less is better)")}
@@ -52,11 +51,12 @@ def score(folder, task, mode, arm, seed):
 
 
 def table(results):
-    """A markdown table of {task: {mode: {arm: [a score for each seed]}}}: means, and the smallest and largest."""
+    """A markdown table of {task: {mode: {arm: [a score for each seed]}}}: the mean, and the smallest and largest."""
     lines = ["| | | " + " | ".join(ARMS) + " |", "|---|---|" + "---|" * len(ARMS)]
     for task, modes in results.items():
         for mode, arms in modes.items():
-            cells = [f"{statistics.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in arms.values()]
+            cells = [f"{statistics.mean(v):.2f}" + f" ({min(v):.2f} to {max(v):.2f})" * (len(v) > 1)
+                     for v in arms.values()]
             lines.append(f"| {TASKS[task][1]} | {mode} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -72,7 +72,7 @@ def main():
                       for mode in MODES} for task in TASKS}
     print(f"\n{table(results)}\n")
     top1 = json.loads((words.out / "supervised" / "result.json").read_text())["top1"]
-    record = {"seeds": words.seeds, "scores": results, "top1_of_the_supervised_encoder": top1}
+    record = {"scores": results, "top1_of_the_supervised_encoder": top1}
     Path("results/dense.json").write_text(json.dumps(record, indent=1) + "\n")
     figures.dense("results/dense.png", results, {task: name for task, (_, name) in TASKS.items()})
 
