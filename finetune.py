@@ -185,17 +185,16 @@ def resolve(cfg):
 
 def build_encoder(cfg, saved):
     """The encoder that the options and `saved` describe, with random weights."""
-    trains, cut = cfg.mode == "finetune", cfg.drop_layers
+    trains, cut = cfg.mode == "finetune", saved["arch"].get("drop_layers", 0) if saved else 0
     options = (saved["arch"]["options"] if saved else {}) | ({"window": cfg.window} if cfg.window else {})
     if options.get("positions") == "shared_bias" and trains:
         options["positions"] = "block_bias"  # as SimMIM fine-tunes: every block gets a table of its own
     encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, learn_positions=trains,
                            drop_path=cfg.drop_path if trains else 0.0, **options)
     encoder.checkpointing = cfg.activation_checkpointing
-    if saved and "drop_layers" in saved["arch"]:
-        cut += saved["arch"]["drop_layers"]
-    if cut:
-        protocols.drop_layers(encoder, cut)
+    for count in (cut, cfg.drop_layers):
+        if count:
+            protocols.drop_layers(encoder, count)
     return encoder
 
 
@@ -206,9 +205,8 @@ def build_classifier(cfg, saved, classes, load=True):
     if judged and not (head and (head.get("unnamed") or head["classes"] == classes)):
         raise ValueError(f"{cfg.init} holds no classifier of the {len(classes)} classes {', '.join(classes)[:80]}")
     auto = "batch" if cfg.mode == "linear" or cfg.head_start == "probe" else "layer" if cfg.pool == "mean" else "none"
-    auto = "none" if cfg.mode == "knn" else auto
-    if head and head["head_norm"] == "layer":  # an encoder that was fine-tuned so has no last norm of its own
-        auto = "layer"
+    if cfg.mode == "knn" or (head and head["head_norm"] == "layer"):  # fine-tuned so, it has no last norm of its own
+        auto = "layer" if head and head["head_norm"] == "layer" else "none"
     pool, head_norm = cfg.pool, auto if cfg.head_norm == "auto" else cfg.head_norm
     if judged:
         pool, head_norm = head["pool"], head["head_norm"]
@@ -231,8 +229,8 @@ def load_weights(cfg, model, saved, classes):
     """Copy the encoder in `saved` and, if it was fine-tuned, what still fits of its head, and say what that is: all of
     it for the same classes, so that fine-tuning goes on; for others the norm, which was trained with the encoder."""
     head, parts = saved.get("classifier"), []
-    if head and (head["pool"], head["head_norm"]) == (model.pool, model.head_norm):
-        goes_on = cfg.mode == "finetune" and (head["classes"] == classes or cfg.eval or cfg.predict)
+    if head and (head["pool"], head["head_norm"]) == (model.pool, model.head_norm) and not cfg.drop_layers:
+        goes_on = cfg.eval or cfg.predict or (cfg.mode == "finetune" and head["classes"] == classes)
         parts = ["fc_norm", "head"] if goes_on else ["fc_norm"]
         saved = {name: value for name, value in saved.items() if name != "classifier"}
         saved["notes"] = [*saved.get("notes", []), f"kept of its classifier: {', '.join(parts)}"]

@@ -3,8 +3,7 @@ learns alone, how weights are averaged.
 
     linear    LARS, start_head     the encoder is frozen (MAE, A.1)
     partial   freeze               the last blocks train (MAE, Fig. 9)
-    probes    drop_layers, order   what depth and order of pre-trained blocks are worth (Xie et al., "Revealing the Dark
-                                   Secrets of Masked Image Modeling", arXiv 2205.13543)
+    probes    drop_layers, ...     what depth and order of pre-trained blocks are worth (Xie et al., arXiv 2205.13543)
     scratch   blend                the moving average of the weights is what counts (MAE, A.2)
 """
 
@@ -98,19 +97,21 @@ def drop_layers(encoder, count):
     """Cut off the last `count` blocks of a ViT; of a pyramid, the last blocks of the third stage and, for they build on
     them, the fourth stage. What was left remembers it in `arch`. ValueError if that leaves none."""
     blocks, _ = blocks_of(encoder)
-    if not 0 < count < len(blocks):
+    if not isinstance(count, int) or not 0 < count < len(blocks):
         raise ValueError(f"--drop_layers {count}: {encoder.arch['model']} has {len(blocks)} blocks to drop from, and "
                          "keeps at least one")
     del blocks[-count:]
     encoder.num_layers = len(blocks)
-    if isinstance(encoder, models.Pyramid):
+    if isinstance(encoder, models.Pyramid) and "drop_layers" not in encoder.arch:
         stages = encoder.get_submodule(encoder.list_name)
         del stages[3]
         if not encoder.merging_in:  # the one behind the third stage is a part of that
             del stages[2]["downsample"]
-        encoder.depths = (*encoder.depths[:2], len(blocks))
-        encoder.num_layers, encoder.width, encoder.out_stride = sum(encoder.depths), encoder.arch["width"][2], 16
+        encoder.width, encoder.out_stride = encoder.arch["width"][2], 16
         encoder.norm = nn.LayerNorm(encoder.width, eps=encoder.norm.eps)
+    if isinstance(encoder, models.Pyramid):
+        encoder.depths = (*encoder.depths[:2], len(blocks))
+        encoder.num_layers = sum(encoder.depths)
     encoder.arch["drop_layers"] = encoder.arch.get("drop_layers", 0) + count
 
 

@@ -11,7 +11,9 @@ from conftest import ROOT, equal, finish, flags, log_of, snapshot, start, torchr
 import data
 import engine
 import evaluate
+import fastmim
 import finetune
+import lut
 import mae
 import protocols
 import simmim
@@ -53,6 +55,7 @@ def test_neighbours_vote_as_brute_force_says(k):
 # The probe beside pre-training
 
 METHODS = {
+    "fastmim": (fastmim, {"patch_size": 8, "decoder_heads": None}), "lut": (lut, {"head_width": 32}),
     "mae": (mae, {}),
     "simmim": (simmim, {"mask_unit": 8, "decoder_depth": None, "decoder_width": None, "decoder_heads": None}),
     "um_mae": (um_mae, {"patch_size": 4, "unit": 4, "img_size": 16})}
@@ -138,6 +141,24 @@ def test_every_checkpoint_goes_through_every_protocol(tune, pretrained, tmp_path
         assert done.code == 0, done.err
         again = json.loads((tmp_path / "check" / "result.json").read_text())
         assert again["confusion"] == result["confusion"] and again["top1"] == result["top1"]
+
+
+def test_what_was_cut_can_be_judged_in_its_mode_and_cut_again(tune, pretrained, tmp_path):
+    """A linear head is judged with --mode linear, too; a cut encoder is fine-tuned again, as it is and shorter."""
+    assert tune(mode="linear", base_lr=3, max_steps=6).code == 0
+    assert tune(init=tmp_path / "run" / "encoder.pt", mode="linear", eval="true", out=tmp_path / "check").code == 0
+    one, two = (json.loads((tmp_path / out / "result.json").read_text())["top1"] for out in ("run", "check"))
+    assert one == two
+    assert tune(drop_layers=1, max_steps=1, out=tmp_path / "cut").code == 0
+    for more, blocks in ((0, 3), (1, 2)):
+        done = tune(init=tmp_path / "cut" / "encoder.pt", drop_layers=more, max_steps=1, out=tmp_path / str(more))
+        assert done.code == 0, done.err
+        saved = torch.load(tmp_path / str(more) / "encoder.pt")
+        assert saved["arch"]["drop_layers"] == 4 - blocks
+        assert len({name.split(".")[1] for name in saved["model"] if name.startswith("blocks.")}) == blocks
+    saved["arch"]["drop_layers"] = "two"
+    torch.save(saved, tmp_path / "odd.pt")
+    one_line(tune(init=tmp_path / "odd.pt", out=tmp_path / "odd"), "--drop_layers")
 
 
 @pytest.mark.parametrize("blocks,trained", [
