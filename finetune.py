@@ -318,7 +318,7 @@ def main(argv=None):
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if cfg.ema:
-            protocols.blend(model.average, model, cfg.ema)
+            models.blend(model.average, model, cfg.ema)
 
         engine.log(cfg, run, step, (step + 1) / sampler.steps_per_epoch, size, loss, lr, grad_norm)
         if told or engine.save_due(cfg, run, step, sampler.steps_per_epoch):

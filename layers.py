@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -307,6 +308,16 @@ def run_blocks(blocks, x, noise=None, checkpointing=False, context=()):
         else:
             x = block(x, draw, *context)
     return x
+
+
+@torch.no_grad()
+def blend(average, model, decay):
+    """average = decay * average + (1 - decay) * model, for the parameters and BatchNorm's statistics of `average`, by
+    their names. (torch's own AveragedModel would copy the model in its first update, and forget what it started from.)
+    """
+    own = model.state_dict()
+    pairs = [(value, own[name]) for name, value in average.state_dict().items() if value.is_floating_point()]
+    get_ema_multi_avg_fn(decay)(*map(list, zip(*pairs, strict=True)), None)
 
 
 def everyones(x):

@@ -200,12 +200,9 @@ class LUT(nn.Module):
         loss = self.loss(self.decoder.pred(decoded[:B]), self.target(views[0]), mask[:B])
         return loss + self.cfg.context_weight * self.context(latent, decoded, ids_restore, taught)
 
-    @torch.no_grad()
     def update_ema(self, decay):
         """teacher = decay * teacher + (1 - decay) * student, BatchNorm's running averages included (released code)."""
-        own = self.state_dict()
-        pairs = [(t, own[name]) for name, t in self.teacher.state_dict().items() if t.is_floating_point()]
-        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(*map(list, zip(*pairs, strict=True)), None)
+        models.blend(self.teacher, self, decay)
 
     def prepare(self, imgs, noise):
         """Before training: MAE's loss of two trivial predictors of view 1 (zero, and each patch's own mean colour)."""

@@ -124,7 +124,7 @@ class MAE(nn.Module):
         """Only visible tokens go through the encoder: (B, N, D) -> latent (B, 1 + N_keep, D)."""
         if self.cfg.mask_tokens_in_encoder:
             return self.encoder.encode(torch.where(mask[..., None], self.mask_token, tokens))  # (B, 1 + N, D)
-        tokens = tokens.gather(1, ids_keep[..., None].expand(-1, -1, tokens.shape[2]))  # (B, N_keep, D)
+        tokens = models.gather(tokens, ids_keep)  # (B, N_keep, D)
         coords = torch.stack(torch.unravel_index(ids_keep, self.encoder.grid), dim=2)  # (B, N_keep, 2)
         return self.encoder.encode(tokens, coords)
 
@@ -133,8 +133,7 @@ class MAE(nn.Module):
         x = self.decoder.embed(latent)  # (B, 1 + N_keep, decoder_width)
         if not self.cfg.mask_tokens_in_encoder:
             hidden = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
-            patches = torch.cat([x[:, 1:], hidden], dim=1)  # (B, N, decoder_width)
-            patches = patches.gather(1, ids_restore[..., None].expand_as(patches))  # now in raster order
+            patches = models.gather(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)  # (B, N, decoder_width), raster
             x = torch.cat([x[:, :1], patches], dim=1)  # (B, 1 + N, decoder_width)
         return self.decoder(x)
 

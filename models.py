@@ -40,6 +40,7 @@ from layers import (  # Decoder, patchify, unpatchify, ...: method files use the
     PooledAttention,
     as_map,
     bias_of,
+    blend,  # noqa: F401
     check_sizes,
     everyones,  # noqa: F401
     gather,  # noqa: F401

@@ -76,9 +76,8 @@ def one_by_one(main, cfg, runs, configs):
             path.unlink()
     left = cfg.max_steps
     for i, (words, own) in enumerate(zip(runs, configs, strict=True)):
-        if first:
-            print(f"phase {i + 1} of {len(runs)}: {own.img_size[0]}x{own.img_size[1]} px, {own.epochs:g} epochs, batch "
-                  f"{own.batch_size}", flush=True)
+        engine.say(f"phase {i + 1} of {len(runs)}: {own.img_size[0]}x{own.img_size[1]} px, {own.epochs:g} epochs, "
+                   f"batch {own.batch_size}")
         if cfg.max_steps and not cfg.plan:
             if left <= 0:
                 return
@@ -116,5 +115,4 @@ def start_from(model, path):
         inner["pos_embed"] = weights.resize_positions(inner["pos_embed"], old.encoder.grid, model.encoder.grid,
                                                       model.encoder.num_prefix)
     checkpoint.load_exactly(model, {**saved["model"], **{f"encoder.{k}": v for k, v in inner.items()}}, path)
-    if os.environ.get("RANK", "0") == "0":
-        print("; ".join([f"weights start from {path}, step {saved['step']}", *notes]), flush=True)
+    engine.say("; ".join([f"weights start from {path}, step {saved['step']}", *notes]))

@@ -1,16 +1,15 @@
 """What the protocols of fine-tuning do to a classifier: which blocks train, which are cut off or shuffled, how a head
-learns alone, how weights are averaged.
+learns alone.
 
     linear    LARS, start_head     the encoder is frozen (MAE, A.1)
     partial   freeze               the last blocks train (MAE, Fig. 9)
     probes    drop_layers, ...     what depth and order of pre-trained blocks are worth (Xie et al., arXiv 2205.13543)
-    scratch   blend                the moving average of the weights is what counts (MAE, A.2)
+    scratch   models.blend         the moving average of the weights is what counts (MAE, A.2)
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import models
 from engine import seed_of
@@ -137,14 +136,3 @@ def kept_tensors(encoder, tensors, seed=None):
         kept |= {f"{prefix}{new}.{name.removeprefix(start)}": tensor
                  for name, tensor in tensors.items() if name.startswith(start)}
     return kept
-
-
-# ---------------------------------------- Moving average
-
-
-def blend(average, model, decay):
-    """average = decay * average + (1 - decay) * model, for parameters and BatchNorm's statistics. (torch's own
-    AveragedModel would copy the model in its first update, and forget what it started from.)"""
-    own = model.state_dict()
-    pairs = [(value, own[name]) for name, value in average.state_dict().items() if value.is_floating_point()]
-    get_ema_multi_avg_fn(decay)(*map(list, zip(*pairs, strict=True)), 0)

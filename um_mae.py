@@ -158,7 +158,7 @@ class UMMAE(nn.Module):
         h, w = self.grid
         side = x.shape[2] // h  # of a unit in this map
         units = models.patchify(x, side)  # (B, U, side*side*D)
-        units = units.gather(1, ids_keep[..., None].expand(-1, -1, units.shape[2]))  # (B, K, side*side*D)
+        units = models.gather(units, ids_keep)  # (B, K, side*side*D)
         place = (1, units.shape[1]) if self.cfg.sampling == "random" else (h // 2, w // 2)
         return models.unpatchify(units, side, place)
 

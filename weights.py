@@ -9,7 +9,6 @@ after fine-tuning. What other code saved comes in the same form: layouts.py know
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ import exports
 import layouts
 import models
 import tensorfile
-from options import Size, parse_value, user_errors
+from options import Size, parse_value, say, user_errors
 
 OPTIONS = {"window": int, "bias": str, "positions": str, "layer_scale": float, "reduction": list, "max_stride": int}
 
@@ -83,9 +82,7 @@ def load_encoder(encoder, saved, where, fresh=()):
     checkpoint.load_exactly(encoder, tensors, where)
     if fresh:
         notes += ["left over: the classifier"] * ("classifier" in saved) + [f"newly initialised: {', '.join(fresh)}"]
-    if os.environ.get("RANK", "0") == "0":
-        notes = [f"loaded {len(tensors)} tensors of {arch['model']} from {where}", *notes]
-        print("\n  ".join(notes), flush=True)
+    say("\n  ".join([f"loaded {len(tensors)} tensors of {arch['model']} from {where}", *notes]))
 
 
 def adapt_channels(tensors, arch, encoder, where):

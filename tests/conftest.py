@@ -70,6 +70,20 @@ def finish(process, timeout=120):
     return process.returncode, stdout, stderr
 
 
+def batch(model, B=3, seed=0):
+    """(imgs (B, C, H, W), noise) such as the model of a method takes, a function of the seed."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = (B, model.cfg.in_chans, *model.cfg.img_size)
+    return torch.randn(shape, generator=draw), torch.rand(B, model.num_noise, generator=draw)
+
+
+def gradients(model, imgs, noise):
+    """(loss, {name: gradient}) of a model on whose parameters there were none."""
+    loss = model(imgs, noise)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
 def torchrun(world, *words):
     """The words that start a script in `world` processes on this machine, on any free port."""
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world, *words]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, equal, finish, flags, log_of, start, torchrun
+from conftest import ROOT, batch, equal, finish, flags, gradients, log_of, start, torchrun
 
 import data
 import fastmim
@@ -29,12 +29,6 @@ def config(kind="vit", **options):
 def build(kind="vit", seed=0, **options):
     torch.manual_seed(seed)
     return fastmim.FastMIM(config(kind, **options))
-
-
-def batch(model, B=3, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    shape = (B, model.cfg.in_chans, *model.cfg.img_size)
-    return torch.randn(shape, generator=draw), torch.rand(B, model.num_noise, generator=draw)
 
 
 def predict(model, imgs, noise):
@@ -224,12 +218,6 @@ def test_what_does_not_fit_is_refused_with_what_would(kind, options, said):
     with pytest.raises(ValueError, match=said) as error:
         build(kind, **options)
     assert "\n" not in str(error.value)
-
-
-def gradients(model, imgs, noise):
-    loss = model(imgs, noise)
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])

@@ -15,7 +15,7 @@ import fastmim
 import finetune
 import lut
 import mae
-import protocols
+import models
 import simmim
 import transforms
 import um_mae
@@ -200,7 +200,7 @@ def test_partial_of_a_pyramid(pretrained):
 
 def test_the_moving_average_is_its_formula_and_survives_a_resume(tune, tuned, call, tmp_path, pretrained, monkeypatch):
     """encoder.pt holds the average, of the start and all steps; stopped and resumed, bit for bit the same."""
-    seen, real = [], protocols.blend
+    seen, real = [], models.blend
     def watched(average, model, decay):
         real(average, model, decay)
         seen.append({k: v.clone() for k, v in model.state_dict().items() if not k.startswith("average.")})
@@ -213,7 +213,7 @@ def test_the_moving_average_is_its_formula_and_survives_a_resume(tune, tuned, ca
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr(protocols, "blend", watched)
+        patch.setattr(models, "blend", watched)
         patch.setattr(finetune, "build_classifier", kept)
         assert tune(ema=0.8, max_steps=5, base_lr=0.3).code == 0
     assert len(seen) == 5

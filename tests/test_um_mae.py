@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, equal, flags, log_of
+from conftest import ROOT, batch, equal, flags, gradients, log_of
 
 import data
 import finetune
@@ -26,12 +26,6 @@ def config(kind="swin", **options):
 def build(kind="swin", seed=0, **options):
     torch.manual_seed(seed)
     return um_mae.UMMAE(config(kind, **options))
-
-
-def batch(model, B=3, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    shape = (B, model.cfg.in_chans, *model.cfg.img_size)
-    return torch.randn(shape, generator=draw), torch.rand(B, model.num_noise, generator=draw)
 
 
 def predict(model, imgs, noise):
@@ -367,12 +361,6 @@ def test_what_does_not_fit_is_refused_with_what_would(kind, options, said):
     with pytest.raises(ValueError, match=said) as error:
         build(kind, **options)
     assert "\n" not in str(error.value)
-
-
-def gradients(model, imgs, noise):
-    loss = model(imgs, noise)
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
