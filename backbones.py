@@ -50,7 +50,11 @@ def network(name, img_size, in_chans):
         raise ValueError(f"torchvision:maxvit_t takes squares of 224, 448, ... pixels, not {img_size[0]}x{img_size[1]}")
     options = {"maxvit_t": {"input_size": img_size}, "googlenet": {"aux_logits": False, "init_weights": True},
                "inception_v3": {"aux_logits": False, "init_weights": True}}
-    net = torchvision.models.get_model(name, weights=None, **options.get(name, {}))
+    try:
+        net = torchvision.models.get_model(name, weights=None, **options.get(name, {}))
+    except RuntimeError as error:
+        raise ValueError(f"torchvision:{name} cannot be built without numbers in its tensors, and so neither be "
+                         "planned nor trained in phases") from error
     for place, module in list(net.named_modules()):
         if isinstance(module, StochasticDepth):
             net.set_submodule(place, DropPath())

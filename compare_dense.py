@@ -4,7 +4,7 @@ Three encoders of one architecture: MAE's, after 8 epochs of `shapes` without la
 ten classes apart, from all 20,000 labels, in as many passes; and one with random weights. From each, dense.py segments
 and measures depth with a few labelled images, the encoder frozen and fine-tuned. A seed decides which images these are,
 the start of the head and the order; encoders are trained once. For fine-tuning, each arm has the better of two settings
-on validation images of segmentation; all else is equal. Scores are of 2,000 test images.
+on validation images, at either task; all else is equal. Scores are of 2,000 test images.
 
 A run that --out holds already is taken as it is, so that the command can be stopped and given again.
 """
@@ -22,8 +22,10 @@ import mae
 
 ARMS = {"MAE": "mae", "supervised": "supervised", "random": None}  # arm: folder of the encoder
 EVENLY, GENTLY = ("--base_lr", 0.004, "--layer_decay", 1), ("--base_lr", 0.016, "--layer_decay", 0.5)
-MODES = {"frozen": dict.fromkeys(ARMS, ("--freeze", "--base_lr", 0.016)),  # tried: results/dense_tuning.json
-         "fine-tuned": {"MAE": EVENLY, "supervised": GENTLY, "random": EVENLY}}
+FROZEN = dict.fromkeys(ARMS, ("--freeze", "--base_lr", 0.016))
+MODES = {  # tried: results/dense_tuning.json
+    "segment": {"frozen": FROZEN, "fine-tuned": {"MAE": EVENLY, "supervised": GENTLY, "random": EVENLY}},
+    "depth": {"frozen": FROZEN, "fine-tuned": {"MAE": GENTLY, "supervised": EVENLY, "random": GENTLY}}}
 TASKS = {"segment": ("miou", "mIoU, per cent (more is better)"),  # task: score, its name
          "depth": ("rmse", "RMSE, metres (less is better)")}
 SUPERVISED = ("--config configs/finetune_tiny.yaml --model vit_tiny --patch_size 8 --labels 0 --head_start random "
@@ -46,7 +48,7 @@ def score(folder, task, mode, arm, seed):
     """One number of the table."""
     start = ["--init", folder / ARMS[arm] / "encoder.pt"] if ARMS[arm] else ["--model", "vit_tiny", "--patch_size", 8]
     out = run(dense, folder / f"{task}_{mode}_{arm}_{seed}", "--config", "configs/dense_tiny.yaml", "--task", task,
-              *start, *MODES[mode][arm], "--seed", seed, "--split", "test")
+              *start, *MODES[task][mode][arm], "--seed", seed, "--split", "test")
     return json.loads((out / "result.json").read_text())[TASKS[task][0]]
 
 
@@ -69,7 +71,7 @@ def main():
     run(mae, words.out / "mae", "--config", "configs/tiny.yaml", "--picture_epochs", 1000)
     run(finetune, words.out / "supervised", *SUPERVISED.split())
     results = {task: {mode: {arm: [score(words.out, task, mode, arm, seed) for seed in words.seeds] for arm in ARMS}
-                      for mode in MODES} for task in TASKS}
+                      for mode in MODES[task]} for task in TASKS}
     print(f"\n{table(results)}\n")
     top1 = json.loads((words.out / "supervised" / "result.json").read_text())["top1"]
     record = {"scores": results, "top1_of_the_supervised_encoder": top1}

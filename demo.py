@@ -33,7 +33,8 @@ LEARNS = {  # name: words of its pre-training
     "UM-MAE Swin": "um_mae.py --config configs/um_mae_tiny.yaml",
     "UM-MAE PVT": "um_mae.py --config configs/um_mae_tiny.yaml --model pvt_tiny --base_lr 0.016",
     "FastMIM ViT": "fastmim.py --config configs/fastmim_tiny.yaml",
-    "FastMIM Swin": "fastmim.py --config configs/fastmim_tiny.yaml --model swin_tiny --patch_size 0 --mask_unit 8",
+    "FastMIM Swin":
+        "fastmim.py --config configs/fastmim_tiny.yaml --model swin_tiny --patch_size 0 --mask_unit 8 --base_lr 0.008",
     "FastMIM PVTv2": "fastmim.py --config configs/fastmim_tiny.yaml --model pvtv2_tiny --patch_size 0 --mask_unit 8",
     "FastMIM ResNet-18":
         "fastmim.py --config configs/fastmim_tiny.yaml --model torchvision:resnet18 --patch_size 0 --mask_unit 8",
@@ -123,7 +124,7 @@ def log_of(folder):
 def pair(folder, name, seed):
     """{test: {"pre-trained": top-1, "scratch": top-1}, ..., "log": its first and last line} of a method and seed."""
     folder, result = folder / slug(name) / f"seed{seed}", {}
-    words = [*LEARNS[name].split(), *SHORT, "--seed", seed, "--picture_epochs", 0]
+    words = [*LEARNS[name].split(), *SHORT, "--seed", seed, "--picture_epochs", 2]
     for arm, more in ("pre-trained", []), ("scratch", ["--max_steps", 1]):
         run(*words, *more, out=folder / arm, again="--resume")
         for test, how in TESTS.items():

@@ -16,7 +16,6 @@ Image Modeling (SECRETS), arXiv 2205.13543, 4.2 (depth, where it beats supervise
     check   python dense.py --eval --task segment --init runs/dense/encoder.pt --out runs/eval
 """
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -129,18 +128,9 @@ def resolve(cfg):
         raise ValueError(f"--task is {' or '.join(TASKS)}, --split val or test; not {cfg.task}, {cfg.split}")
     if min(cfg.head_width, cfg.max_depth, cfg.depth_scale) <= 0:
         raise ValueError("--head_width, --max_depth and --depth_scale must be greater than 0")
-    if cfg.init == "none":
-        if cfg.eval or cfg.model == "auto":
-            raise ValueError("--eval needs an encoder and its head in --init, and training without --init a --model")
-        arch, saved = {"in_chans": cfg.in_chans or 3, "img_size": (224, 224)}, None
-    else:
-        saved = weights.read_encoder(cfg.init, cfg.init_size)
-        arch = {name: saved["arch"][name] for name in ("model", "patch_size", "in_chans", "img_size")}
-    for name in arch.keys() - {"img_size", "in_chans"}:
-        if getattr(cfg, name) not in ("auto", 0, arch[name]):
-            raise ValueError(f"--{name} {getattr(cfg, name)}, but the encoder in {cfg.init} has {name} {arch[name]}")
-    size = cfg.img_size if any(cfg.img_size) else tuple(arch["img_size"])
-    return dataclasses.replace(cfg, **{**arch, "img_size": size, "in_chans": cfg.in_chans or arch["in_chans"]}), saved
+    if cfg.init == "none" and (cfg.eval or cfg.model == "auto"):
+        raise ValueError("--eval needs an encoder and its head in --init, and training without --init a --model")
+    return weights.as_in_init(cfg)
 
 
 def build_dense(cfg, saved, classes):

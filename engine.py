@@ -136,8 +136,8 @@ def open_run(cfg, run, model, optimizer, sampler, steps, **about):
     sampler.start = first
     run.images, run.loss, run.wait = 0, 0.0, 0.0  # since the last line of the log
     run.began = run.since = run.saved = time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: interrupt(run, number))
+    catch = lambda number, frame: interrupt(run, number)  # noqa: E731
+    run.handlers = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}  # those before
     run.bar = tqdm(total=run.last, initial=first, disable=None if run.main else True, dynamic_ncols=True, unit="step")
     if run.main:
         share = cfg.batch_size // run.world
@@ -274,6 +274,10 @@ def save(cfg, run, done, model, optimizer, encoder=None, **more):
 def finish(run, done):
     """Leave the process group; after a signal, say how to go on and exit with the code that shells expect, 128 + it."""
     run.bar.close()
+    for number, handler in run.handlers.items():
+        signal.signal(number, handler)
+    if dist.is_initialized():
+        dist.barrier()  # the main process may still be writing what another one goes on to read
     leave_group()
     if done < run.last:
         if run.main:

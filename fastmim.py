@@ -99,7 +99,7 @@ class FastMIM(nn.Module):
         self.encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, **options)
         side, C = self.encoder.out_stride, cfg.in_chans  # pixels of a token of the latent
         self.unit = cfg.mask_unit or side
-        # DIFF: FastMIM's cells are 8 px; tokens of less than 16 px, for small images, get cells of half their side.
+        # DIFF: FastMIM's cells are 8 px; here the largest divisor up to 8 of which two fit a token, for small images.
         self.cell = max(n for n in range(1, 9) if side % n == 0 and (2 * n <= side or n == 1))
         self.part = self.cell if cfg.target == "hog" else 1  # pixels of what can be hidden by itself
         self.check(cfg, side)

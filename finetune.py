@@ -30,6 +30,7 @@ import evaluate
 import models
 import protocols
 import weights
+from options import one_of
 from transforms import always_alike, mix
 
 
@@ -145,11 +146,8 @@ class Classifier(nn.Module):
 def resolve(cfg):
     """(cfg with model, sizes and channels as --init has them, content of --init). ValueError or FileNotFoundError,
     in one line, if it is no encoder or another one than the options ask for."""
-    allowed = {"mode": ("finetune", "linear", "knn"), "head_start": ("random", "probe"), "split": ("val", "test"),
-               "optimizer": ("auto", "adamw", "lars", "sgd")}
-    for name, values in allowed.items():
-        if getattr(cfg, name) not in values:
-            raise ValueError(f"--{name} is {' or '.join(values)}, not {getattr(cfg, name)}")
+    one_of(cfg, mode="finetune linear knn", head_start="random probe", split="val test",
+           optimizer="auto adamw lars sgd")
     if cfg.micro_batch % 2 and (cfg.mixup or cfg.cutmix) and cfg.mode == "finetune":
         raise ValueError(f"mixup and cutmix mix pairs: --micro_batch {cfg.micro_batch} must be even")
     if not 0 <= cfg.ema < 1 or cfg.neighbours < 1 or cfg.drop_layers < 0:
@@ -163,24 +161,15 @@ def resolve(cfg):
     if cfg.corruptions and cfg.mode == "knn":
         raise ValueError("--corruptions needs a classifier, which --mode knn has not")
     cfg = dataclasses.replace(cfg, init=cfg.checkpoint or cfg.init)
-    if cfg.init == "none":
-        if judged or cfg.shuffle_layers or cfg.model == "auto":
-            raise ValueError(f"{judged} needs a classifier in --init" if judged else "--shuffle_layers needs an --init"
-                             if cfg.shuffle_layers else "--init none needs a --model")
-        arch, saved = {"in_chans": cfg.in_chans or 3, "img_size": (224, 224)}, None
-    else:
-        saved = weights.read_encoder(cfg.init, cfg.init_size)
-        arch = {name: saved["arch"][name] for name in ("model", "patch_size", "in_chans", "img_size")}
-        if judged and "classifier" not in saved:
-            raise ValueError(f"{judged}: {cfg.init} holds an encoder and no classifier; fine-tune it first")
-    in_chans = cfg.in_chans or arch["in_chans"]
-    if cfg.corruptions and in_chans not in (1, 3):
-        raise ValueError(f"--corruptions know grey and RGB, not --in_chans {in_chans}")
-    for name in arch.keys() - {"img_size", "in_chans"}:
-        if getattr(cfg, name) not in ("auto", 0, arch[name]):
-            raise ValueError(f"--{name} {getattr(cfg, name)}, but the encoder in {cfg.init} has {name} {arch[name]}")
-    size = cfg.img_size if any(cfg.img_size) else tuple(arch["img_size"])
-    return dataclasses.replace(cfg, **{**arch, "img_size": size, "in_chans": in_chans}), saved
+    if cfg.init == "none" and (judged or cfg.shuffle_layers or cfg.model == "auto"):
+        raise ValueError(f"{judged} needs a classifier in --init" if judged else "--shuffle_layers needs an --init"
+                         if cfg.shuffle_layers else "--init none needs a --model")
+    cfg, saved = weights.as_in_init(cfg)
+    if judged and "classifier" not in saved:
+        raise ValueError(f"{judged}: {cfg.init} holds an encoder and no classifier; fine-tune it first")
+    if cfg.corruptions and cfg.in_chans not in (1, 3):
+        raise ValueError(f"--corruptions know grey and RGB, not --in_chans {cfg.in_chans}")
+    return cfg, saved
 
 
 def build_encoder(cfg, saved):

@@ -7,7 +7,6 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -320,13 +319,29 @@ def blend(average, model, decay):
     get_ema_multi_avg_fn(decay)(*map(list, zip(*pairs, strict=True)), None)
 
 
+class Gather(torch.autograd.Function):
+    """Rows (B, ...) of all processes, by rank: (world * B, ...); gradients go back to where a row is from."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)  # (world * B, ...)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]  # (B, ...)
+
+
 def everyones(x):
     """(x of all processes as one batch, by rank; the slice of it that is this process's own). x (B, ...), of the same B
     everywhere; gradients flow back to the process that a row came from."""
     if not dist.is_initialized():
         return x, slice(len(x))
     first = dist.get_rank() * len(x)
-    return torch.cat(dist_nn.all_gather(x)), slice(first, first + len(x))  # (world * B, ...)
+    return Gather.apply(x), slice(first, first + len(x))  # (world * B, ...)
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -359,8 +374,8 @@ class Decoder(nn.Module):
     def __init__(self, in_width, out_width, grid, width, depth, num_heads, num_prefix=1, up=1, eps=1e-6):
         super().__init__()
         if depth < 1 or num_heads < 1 or width < 1 or width % num_heads:
-            raise ValueError("--decoder_depth must be 1 or more and --decoder_heads divide --decoder_width, "
-                             f"not {depth}, {num_heads} and {width}")
+            raise ValueError(f"no decoder has --decoder_depth {depth}, --decoder_width {width} and {num_heads} heads, "
+                             "which must divide the width")
         self.num_prefix, self.checkpointing = num_prefix, False
         self.embed = nn.Linear(in_width, up * up * width)
         self.register_buffer("pos_embed", None if grid is None else sincos_positions(grid, width, num_prefix))

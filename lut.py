@@ -297,6 +297,7 @@ def main(argv=None):
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        # DIFF: LUT's text has betas of 0.9, 0.999 and a layer decay of 0.65; as in its code, 0.9, 0.95 and none.
         # DIFF: LUT's text has a constant decay of the teacher; as in its released code, ours goes to 1 (--ema_decay).
         model.update_ema(1 - engine.schedule("cosine", step, steps, 0, 1 - cfg.ema_decay))
 

@@ -224,14 +224,18 @@ def check_ranges(cfg):
     """Refuse numbers that make no sense; a script's Config need not have all of them."""
     given = vars(cfg)
     for name in ("base_lr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "mixup", "cutmix", "color_jitter",
-                 "shift", "labels", "picture_epochs", "probe_epochs", "probe_labels", "eval_epochs", "context_weight"):
+                 "shift", "labels", "picture_epochs", "probe_epochs", "probe_labels", "eval_epochs", "context_weight",
+                 "teacher_weight"):
         if given.get(name, 0) < 0:
             fail(f"--{name} must be 0 or more, not {given[name]}")
-    for name in ("flip", "random_erasing", "smoothing", "layer_decay", "ema_decay", "target_mask_ratio"):
+    for name in ("flip", "random_erasing", "smoothing", "layer_decay", "ema_decay"):
         if not 0 <= given.get(name, 0) <= 1:
             fail(f"--{name} must lie in [0, 1], not {given[name]}")
-    if not 0 <= given.get("drop_path", 0) < 1:
-        fail(f"--drop_path must lie in [0, 1), not {cfg.drop_path}")
+    for name in ("drop_path", "target_mask_ratio"):
+        if not 0 <= given.get(name, 0) < 1:
+            fail(f"--{name} must lie in [0, 1), not {given[name]}")
+    if given.get("lr_batch", 1) < 1:
+        fail(f"--lr_batch must be 1 or more, not {cfg.lr_batch}")
     if not 0 < cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1:
         fail(f"--crop_scale takes two shares, 0 < smallest <= largest <= 1, not {cfg.crop_scale}")
     if not all(0 <= beta < 1 for beta in cfg.betas):

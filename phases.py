@@ -14,10 +14,12 @@ import types
 from pathlib import Path
 
 import torch
+import yaml
 
 import checkpoint
 import data
 import engine
+import options
 import weights
 from options import parse_value
 
@@ -27,10 +29,12 @@ def in_phases(config_class, model_class, doc):
     def decorate(main):
         @functools.wraps(main)
         def run(argv=None):
-            words = list(sys.argv[1:] if argv is None else argv)
-            cfg = engine.configure(config_class, doc, words)
+            cfg = engine.configure(config_class, doc, argv)
             if cfg.phase_sizes == "none":
-                return main(words)
+                if {cfg.phase_epochs, cfg.phase_batches} != {"none"}:
+                    options.fail("--phase_epochs and --phase_batches need --phase_sizes")
+                return main(argv)
+            words = list(sys.argv[1:] if argv is None else argv)
             with engine.user_errors():
                 runs = [[*words, *own] for own in phases_of(cfg)]
             configs = [engine.configure(config_class, doc, own) for own in runs]
@@ -38,6 +42,8 @@ def in_phases(config_class, model_class, doc):
                 for own in configs:
                     engine.check(own, int(os.environ.get("WORLD_SIZE", 1)))
                     model_class(dataclasses.replace(own, init="none", teacher="none"))
+                if cfg.overwrite and not cfg.resume and not cfg.plan:
+                    make_way(cfg, configs, model_class)
             one_by_one(main, cfg, runs, configs)
         return run
     return decorate
@@ -53,12 +59,16 @@ def phases_of(cfg):
     if (Path(cfg.out) / "last.pt").exists():
         raise ValueError(f"--out {cfg.out} holds a run without phases: name another")
     sizes, words, init = [parse_value("phase_sizes", engine.Size, size) for size in sizes], [], cfg.init
+    if not all(0 < side < 2**16 for size in sizes for side in size):
+        raise ValueError(f"--phase_sizes {cfg.phase_sizes}: no such images")
     # DIFF: FastMIM-P's paper does not say what becomes of schedule and optimizer between phases. Here both start anew:
     # resized tables have no moments, batch and learning rate may change, and so every phase ends with a usable encoder.
     # DIFF: Swin's windows grow with the images (8, 10, 12 at 128, 160, 192 px); the paper resizes a table of window 14.
     for i, ((h, w), length, batch) in enumerate(zip(sizes, epochs, batches, strict=True)):
         name = f"phase{i + 1}_{h}px" if h == w else f"phase{i + 1}_{h}x{w}px"
         out, window = Path(cfg.out) / name, max(1, round(cfg.window * h / sizes[0][0]))
+        if i and cfg.resume and (out / "last.pt").exists():  # written as it was then, though --out may have moved
+            init = yaml.safe_load((out / "config.yaml").read_text())["init"]
         seed = engine.seed_of(cfg.seed, "phase", i)  # other orders, crops and masks than in the phase before
         own = {"phase_sizes": "none", "img_size": f"{h}x{w}", "window": window, "epochs": length, "batch_size": batch,
                "out": out, "init": init, "seed": seed}
@@ -67,14 +77,21 @@ def phases_of(cfg):
     return words
 
 
+def make_way(cfg, configs, model_class):
+    """Remove what later phases and the whole left in --out: a later --resume must not find what is replaced. Nothing is
+    removed if the first phase cannot begin: ValueError or OSError, in one line."""
+    data.pretrain_set(configs[0])
+    with torch.device("cpu"):
+        model_class(configs[0])
+    if os.environ.get("RANK", "0") == "0":
+        for path in [path for own in [cfg, *configs[1:]] for path in Path(own.out).glob("*.pt")]:
+            path.unlink()
+
+
 def one_by_one(main, cfg, runs, configs):
     """Run all phases, or plan them. A signal ends the command in the phase it comes in; --max_steps counts the steps of
     all of them."""
-    first = os.environ.get("RANK", "0") == "0"
-    if cfg.overwrite and not cfg.resume and not cfg.plan and first:  # a later --resume must not find what is replaced
-        for path in [path for own in configs[1:] for path in Path(own.out).glob("*.pt")]:
-            path.unlink()
-    left = cfg.max_steps
+    left, first = cfg.max_steps, os.environ.get("RANK", "0") == "0"
     for i, (words, own) in enumerate(zip(runs, configs, strict=True)):
         engine.say(f"phase {i + 1} of {len(runs)}: {own.img_size[0]}x{own.img_size[1]} px, {own.epochs:g} epochs, "
                    f"batch {own.batch_size}")
@@ -104,6 +121,8 @@ def start_from(model, path):
     for name in ("model", "patch_size", "in_chans", "target", "teacher"):
         if then.get(name) != now[name]:
             raise ValueError(f"{path} is of a run with --{name} {then.get(name)}, not {now[name]}")
+    if not isinstance(then.get("img_size"), list) or not isinstance(then.get("window"), int):
+        raise ValueError(f"{path} is of another script's run")
     with torch.device("meta"):
         old = type(model)(dataclasses.replace(model.cfg, init="none", teacher="none",
                                               img_size=tuple(then["img_size"]), window=then["window"]))

@@ -9,6 +9,7 @@ after fine-tuning. What other code saved comes in the same form: layouts.py know
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -49,6 +50,20 @@ def read_encoder(path, size=(0, 0)):
             or not isinstance(head, dict) or not all(isinstance(head.get(name), kinds[name]) for name in kinds):
         raise ValueError(f"{path} is not an encoder.pt of this project")
     return saved
+
+
+def as_in_init(cfg):
+    """(cfg with model, patch_size, in_chans and img_size as --init has them, content of --init or None). ValueError or
+    FileNotFoundError, in one line, if it is no encoder, or another one than the options ask for."""
+    arch, saved = {"in_chans": 3, "img_size": (224, 224)}, None
+    if cfg.init != "none":
+        saved = read_encoder(cfg.init, cfg.init_size)
+        arch = {name: saved["arch"][name] for name in ("model", "patch_size", "in_chans", "img_size")}
+    for name in arch.keys() - {"img_size", "in_chans"}:
+        if getattr(cfg, name) not in ("auto", 0, arch[name]):
+            raise ValueError(f"--{name} {getattr(cfg, name)}, but the encoder in {cfg.init} has {name} {arch[name]}")
+    size = cfg.img_size if any(cfg.img_size) else tuple(arch["img_size"])
+    return dataclasses.replace(cfg, **{**arch, "img_size": size, "in_chans": cfg.in_chans or arch["in_chans"]}), saved
 
 
 def load_encoder(encoder, saved, where, fresh=()):
