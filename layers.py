@@ -374,8 +374,8 @@ class Decoder(nn.Module):
     def __init__(self, in_width, out_width, grid, width, depth, num_heads, num_prefix=1, up=1, eps=1e-6):
         super().__init__()
         if depth < 1 or num_heads < 1 or width < 1 or width % num_heads:
-            raise ValueError(f"no decoder has --decoder_depth {depth}, --decoder_width {width} and {num_heads} heads, "
-                             "which must divide the width")
+            raise ValueError("--decoder_heads must divide --decoder_width, and both and --decoder_depth be 1 or more, "
+                             f"not {num_heads}, {width} and {depth}")
         self.num_prefix, self.checkpointing = num_prefix, False
         self.embed = nn.Linear(in_width, up * up * width)
         self.register_buffer("pos_embed", None if grid is None else sincos_positions(grid, width, num_prefix))

@@ -88,6 +88,7 @@ class LUT(nn.Module):
         self.projector, self.predictor, projector = (models.mlp_head(D, cfg.head_width) for _ in range(3))
         self.teacher = nn.ModuleDict({"encoder": encoder, "projector": projector}).requires_grad_(False).eval()
         self.update_ema(0.0)  # makes it a copy of the student
+        # DIFF: LUT's text has betas of 0.9, 0.999 and a layer decay of 0.65; as in its code, 0.9, 0.95 and none.
         # DIFF: LUT's text has one masked view and the other in full, as --one_directional; here as in its code, both.
         self.views = 1 if cfg.one_directional else 2  # V
         self.N = encoder.grid[0] * encoder.grid[1]
@@ -297,7 +298,6 @@ def main(argv=None):
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        # DIFF: LUT's text has betas of 0.9, 0.999 and a layer decay of 0.65; as in its code, 0.9, 0.95 and none.
         # DIFF: LUT's text has a constant decay of the teacher; as in its released code, ours goes to 1 (--ema_decay).
         model.update_ema(1 - engine.schedule("cosine", step, steps, 0, 1 - cfg.ema_decay))
 
