@@ -10,8 +10,6 @@ import checkpoint
 import models
 import weights
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of what data.normalize makes, as most models of torchvision want it
-
 
 def frozen_encoder(source, cfg):
     """The encoder that `source` names, for images as `cfg` has them, in eval mode and without gradients: of an
@@ -34,20 +32,12 @@ def frozen_encoder(source, cfg):
 
 def load_published(encoder, name, download):
     """Copy torchvision's best weights of its model `name` into an encoder of backbones.py. They lie where torchvision
-    keeps what it has fetched; ValueError if they do not and `download` is not set, if the file is damaged, or if the
-    model takes images that are normalised in another way than ours."""
+    keeps what it has fetched; ValueError if they do not and `download` is not set."""
     best = torchvision.models.get_model_weights(name).DEFAULT
     path = Path(torch.hub.get_dir()) / "checkpoints" / best.url.rsplit("/", 1)[1]
     if not path.exists() and not download:
         raise ValueError(f"torchvision's weights of {name} are not at {path}: --download fetches them")
-    try:
-        best.get_state_dict(progress=False, check_hash=True, weights_only=True)  # what passes this, executes nothing:
-        net = torchvision.models.get_model(name, weights=best, progress=False)  # this reads it as a pickle
-    except Exception as error:
-        raise ValueError(f"no weights of torchvision's {name} in {path}: {str(error).splitlines()[0]}") from error
-    if getattr(net, "transform_input", False) or tuple(best.transforms().mean) != IMAGENET_MEAN:
-        raise ValueError(f"torchvision:{name} takes images that are normalised in another way: it cannot be a teacher")
-    tensors = net.state_dict()  # under the names of today, which files of old models have not
+    tensors = best.get_state_dict(progress=False, check_hash=True, weights_only=True)
     of_vit = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding"}  # our names, torchvision's
     tensors = {k: tensors[of_vit.get(k, k.removeprefix("net."))] for k in encoder.state_dict()}
     if "pos_embed" in tensors:
