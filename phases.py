@@ -19,9 +19,8 @@ import yaml
 import checkpoint
 import data
 import engine
-import options
 import weights
-from options import parse_value
+from options import fail, parse_value
 
 
 def in_phases(config_class, model_class, doc):
@@ -32,7 +31,7 @@ def in_phases(config_class, model_class, doc):
             cfg = engine.configure(config_class, doc, argv)
             if cfg.phase_sizes == "none":
                 if {cfg.phase_epochs, cfg.phase_batches} != {"none"}:
-                    options.fail("--phase_epochs and --phase_batches need --phase_sizes")
+                    fail("--phase_epochs and --phase_batches need --phase_sizes")
                 return main(argv)
             words = list(sys.argv[1:] if argv is None else argv)
             with engine.user_errors():
