@@ -59,14 +59,19 @@ class RunConfig:
 def fail(message, everywhere=False):
     """Exit with code 2 and one line on stderr, for what a user can put right. Under torchrun all processes fail alike
     on a wrong option and the first one says it; `everywhere=True` is for what only one of them can see."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
+    if everywhere or is_main():
         print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
+def is_main():
+    """Is this the process that prints and writes? As torchrun says, also where no process group is joined yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(line):
     """Print a line, once, however many processes say it."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         print(line, flush=True)
 
 

@@ -20,7 +20,7 @@ import checkpoint
 import data
 import engine
 import weights
-from options import fail, parse_value
+from options import fail, is_main, parse_value
 
 
 def in_phases(config_class, model_class, doc):
@@ -82,7 +82,7 @@ def make_way(cfg, configs, model_class):
     data.pretrain_set(configs[0])
     with torch.device("cpu"):
         model_class(configs[0])
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         for path in [path for own in [cfg, *configs[1:]] for path in Path(own.out).glob("*.pt")]:
             path.unlink()
 
@@ -90,7 +90,7 @@ def make_way(cfg, configs, model_class):
 def one_by_one(main, cfg, runs, configs):
     """Run all phases, or plan them. A signal ends the command in the phase it comes in; --max_steps counts the steps of
     all of them."""
-    left, first = cfg.max_steps, os.environ.get("RANK", "0") == "0"
+    left = cfg.max_steps
     for i, (words, own) in enumerate(zip(runs, configs, strict=True)):
         engine.say(f"phase {i + 1} of {len(runs)}: {own.img_size[0]}x{own.img_size[1]} px, {own.epochs:g} epochs, "
                    f"batch {own.batch_size}")
@@ -99,7 +99,7 @@ def one_by_one(main, cfg, runs, configs):
                 return
             words, left = [*words, "--max_steps", str(left)], left - steps_of(own)
         main(words)
-    if first and not cfg.plan and left >= 0:
+    if is_main() and not cfg.plan and left >= 0:
         with engine.user_errors():
             checkpoint.write(Path(cfg.out) / "encoder.pt", checkpoint.read(Path(configs[-1].out) / "encoder.pt"))
 
