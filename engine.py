@@ -258,17 +258,16 @@ def save_due(cfg, run, step, steps_per_epoch):
 
 
 def save(cfg, run, done, model, optimizer, encoder=None, **more):
-    """Write encoder.pt (all that fine-tuning needs, of `encoder`, or else of the model's, and `more`) and last.pt (all
-    that a resumed run needs) after `done` steps."""
+    """Write last.pt (all that a resumed run needs) and encoder.pt (all that fine-tuning needs, of `encoder`, or else of
+    the model's, and `more`) after `done` steps."""
     run.saved = time.monotonic()
     if run.main:
         encoder = encoder or model.encoder
         encoder = {"arch": plain(encoder.arch), "model": encoder.state_dict()}
         last = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict()}
         with user_errors():
-            # last.pt comes last: after a kill between the two, a resumed run writes both again.
-            checkpoint.write(run.out / "encoder.pt", {**encoder, "step": done, "method": type(model).__name__, **more})
             checkpoint.write(run.out / "last.pt", {**last, "step": done, "config": plain(fixed(cfg))})
+            checkpoint.write(run.out / "encoder.pt", {**encoder, "step": done, "method": type(model).__name__, **more})
 
 
 def finish(run, done):
