@@ -28,10 +28,39 @@ def write(path, content):
     What `path` held before stays beside it as `previous.<name>`. OSError if the disk is full or not writable: `path`
     and its predecessor are then as they were.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    plain = path.suffix != ".safetensors"
-    save, wrong_with = (torch.save, damage) if plain else (tensorfile.save, tensorfile.damage)
+    write_together({path: content})
+
+
+def write_together(contents):
+    """`write` of files of one folder, {path: content}: none takes its place before all of them lie there whole."""
+    paths = [Path(path) for path in contents]
+    temporaries = [path.with_name(path.name + ".tmp") for path in paths]
+    try:
+        for path, temporary, content in zip(paths, temporaries, contents.values(), strict=True):
+            write_temporary(path, temporary, content)
+    except OSError:
+        for temporary in temporaries:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        raise
+    whole = [path.exists() and not how(path)[1](path) for path in paths]
+    for path, temporary, keep in zip(paths, temporaries, whole, strict=True):
+        if keep:  # a damaged file must not take the place of its whole predecessor
+            os.replace(path, path.with_name("previous." + path.name))
+        os.replace(temporary, path)
+    directory = os.open(paths[0].parent, os.O_RDONLY)  # the renames are durable only once the directory is, too
+    os.fsync(directory)
+    os.close(directory)
+
+
+def how(path):
+    """(what writes a file of this name, what says what is wrong with one)."""
+    return (tensorfile.save, tensorfile.damage) if path.suffix == ".safetensors" else (torch.save, damage)
+
+
+def write_temporary(path, temporary, content):
+    """Write, sync and read back what is to become `path`. OSError, in one line, if that fails."""
+    save, wrong_with = how(path)
     try:
         with open(temporary, "wb") as file:
             save(content, file)
@@ -40,15 +69,7 @@ def write(path, content):
         if wrong := wrong_with(temporary):
             raise OSError(f"it does not read back as it was written: {wrong}")
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's zip writer on a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise OSError(f"cannot write {path} ({error}); what was saved before is intact") from error
-    if path.exists() and not wrong_with(path):  # a damaged file must not take the place of its whole predecessor
-        os.replace(path, path.with_name("previous." + path.name))
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)  # the renames are durable only once the directory is, too
-    os.fsync(directory)
-    os.close(directory)
 
 
 def read(path, foreign=False):
@@ -58,8 +79,7 @@ def read(path, foreign=False):
     `foreign`: as other people write them. Then options may lie in it as an argparse.Namespace or a CfgNode, and it may
     be of torch.save's format before 1.6, which has no checksums.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+    tensorfile.require_room(path)
     if not (foreign and is_old(path)) and (wrong := damage(path)):
         raise ValueError(f"{path} is not a whole checkpoint: {wrong}")
     try:
@@ -157,6 +177,12 @@ def ordinary(value):
     be a terabyte."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" \
         and not value.is_quantized and value.numel() * value.itemsize <= value.untyped_storage().nbytes()
+
+
+def all_ordinary(tensors):
+    """Is it {name: ordinary tensor}, and not empty?"""
+    named = isinstance(tensors, dict) and len(tensors) > 0
+    return named and all(isinstance(name, str) and ordinary(tensor) for name, tensor in tensors.items())
 
 
 def require_like(expected, found, where):

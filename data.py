@@ -1,6 +1,6 @@
-"""Images in, uint8 batches out: data sets, transforms, the order of a run. No masking here.
+"""Images in, uint8 batches out: data sets and the order of a run. No masking here.
 
-    source (shapes, cifar, a folder) -> Images (decode, augment) -> GlobalBatches (which, when) -> loader -> normalize
+    source (see sources.py) -> Images (decode, augment) -> GlobalBatches (which, when) -> loader -> normalize
 
 What an image looks like in epoch e is a function of (seed, e, its index); when it comes is a function of (seed, e). So
 1, 2 or 8 processes, any micro_batch and any number of workers see the same crops, and no step needs the one before it.
@@ -8,104 +8,19 @@ What an image looks like in epoch e is a function of (seed, e, its index); when 
     python data.py --check DIR    # decode every image below DIR, list what is broken; exit code 1 if anything is
 """
 
-import collections
 import functools
 import itertools
-import os
 import signal
 import sys
 
-import numpy as np
 import torch
-import torchvision
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from engine import fail, seed_of, user_errors
-from files import Broken, Folder, check
-from shapes import SHAPES, shapes_batch
+from files import Broken, check
+from sources import SPLITS, Folder, Memory, Shapes, balanced, open_source, shapes_batch  # noqa: F401
 from transforms import CentreCrop, augmentation, denormalize, normalize, three_augment, with_defaults  # noqa: F401
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources: len(), .classes (None if unlabelled), .labels, .load(i) -> (uint8 (C, h, w), label or -1), .keep(indices)
-
-
-class Memory:
-    """Images that are small enough to stay in memory: uint8 (n, 3, h, w); grey for in_chans 1, else channels repeat."""
-
-    def __init__(self, images, labels, classes, in_chans=3):
-        self.images, self.labels = torch.as_tensor(images), np.asarray(labels)
-        self.classes, self.in_chans = classes, in_chans
-
-    def __len__(self):
-        return len(self.labels)
-
-    def load(self, i):
-        image = self.images[i]  # (3, h, w)
-        if self.in_chans == 1:
-            image = v2.functional.rgb_to_grayscale(image)  # (1, h, w)
-        elif self.in_chans != 3:
-            image = image[[c % 3 for c in range(self.in_chans)]]  # (C, h, w)
-        return image, int(self.labels[i])
-
-    def keep(self, indices):
-        self.images, self.labels = self.images[indices], self.labels[indices]
-
-
-SPLITS = {"train": (0, 20_000), "val": (1_000_000, 2_000), "test": (2_000_000, 2_000)}  # shapes: first image, how many
-
-
-class Shapes(Memory):
-    """The embedded data, see `shapes_batch`. `pick` turns labels into the indices wanted; only these are generated."""
-
-    def __init__(self, split, seed=0, in_chans=3, pick=None):
-        first, n = SPLITS[split]
-        numbers = np.arange(first, first + n)
-        numbers = numbers[pick(numbers % len(SHAPES))] if pick else numbers
-        made = shapes_batch(seed, numbers, dense=False)
-        super().__init__(made["image"].transpose(0, 3, 1, 2), made["label"], list(SHAPES), in_chans)
-
-
-def cifar(name, split, in_chans, data_dir, download):
-    """CIFAR-10 or -100 through torchvision, which checks every MD5; val and test are the published test set."""
-    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    try:
-        published = cls(data_dir, train=split == "train")
-    except RuntimeError:
-        if not download or int(os.environ.get("WORLD_SIZE", 1)) > 1:  # processes would write the same file
-            raise FileNotFoundError(f"--data {name}: not (whole) in {data_dir}; a run of one process with --download "
-                                    "fetches it, 170 MB") from None
-        published = cls(data_dir, train=split == "train", download=True)
-    return Memory(published.data.transpose(0, 3, 1, 2).copy(), published.targets, published.classes, in_chans)
-
-
-def open_source(name, split, in_chans=3, labelled=False, data_dir="data", download=False, min_side=0, pick=None):
-    """shapes, cifar10, cifar100 or a folder; split is train, val or test; `pick` as in Shapes. ValueError or OSError,
-    in one line, on what does not fit."""
-    if in_chans < 1:
-        raise ValueError(f"--in_chans must be at least 1, not {in_chans}")
-    if name == "shapes":
-        return Shapes(split, in_chans=in_chans, pick=pick)
-    if name in ("cifar10", "cifar100"):
-        source = cifar(name, split, in_chans, data_dir, download)
-    else:
-        source = Folder(name, split, in_chans, labelled, min_side)
-    if pick:
-        source.keep(pick(source.labels))
-    return source
-
-
-def balanced(labels, n, seed):
-    """n indices, sorted: class counts differ by at most 1 unless one runs out; a larger n holds every smaller one."""
-    if not len(np.unique(labels)) <= n <= len(labels):
-        raise ValueError(f"--labels {n}: there are {len(labels)} images of {len(np.unique(labels))} classes")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed_of(seed, "labels"))).numpy()
-    turn, count = np.empty(len(labels), int), collections.Counter()
-    for i in order:
-        turn[i] = count[labels[i]]  # how many of its class come before it
-        count[labels[i]] += 1
-    return np.sort(order[np.argsort(turn[order], kind="stable")[:n]])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets: a source and a transform, such that every image's randomness is its own
@@ -116,10 +31,12 @@ class TooManyBroken(ValueError):
 
 
 class Images(torch.utils.data.Dataset):
-    """[(epoch, index, position)] -> (uint8 (C, H, W), label, position). Broken files are replaced; see `count`."""
+    """[(epoch, index, position)] -> (uint8 (C, H, W), label, position). A broken file is replaced by the first whole
+    one of so many `substitutes`; with 0, for an evaluation, it is left out. See `count`."""
 
-    def __init__(self, source, transform, seed, max_bad=0.01):
-        self.source, self.transform, self.seed, self.max_bad = source, transform, seed, max_bad
+    def __init__(self, source, transform, seed, max_bad=0.01, substitutes=20):
+        self.source, self.transform, self.seed = source, transform, seed
+        self.max_bad, self.substitutes = max_bad, substitutes
         self.broken = {}  # index -> why
 
     def __len__(self):
@@ -133,9 +50,9 @@ class Images(torch.utils.data.Dataset):
     def __getitems__(self, batch):
         """What a worker sends for [(epoch, index, position), ...]: imgs (b, C, H, W), labels (b,), positions (b,), and
         {index: why} of what it found broken, because only the main process sees all workers. imgs is None if the tries
-        for a substitute ran out."""
-        imgs, labels, broken = [], [], {}
-        for epoch, index, _ in batch:
+        for a substitute ran out, or if nothing is left."""
+        imgs, labels, positions, broken = [], [], [], {}
+        for epoch, index, position in batch:
             for i in self.candidates(index):
                 try:
                     image, label = self.source.load(i)
@@ -143,17 +60,22 @@ class Images(torch.utils.data.Dataset):
                 except Broken as error:
                     broken[i] = str(error)
             else:
-                return None, None, None, broken
+                if self.substitutes:
+                    return None, None, None, broken
+                continue
             imgs.append(self.augment(image, epoch, index))
             labels.append(label)
+            positions.append(position)
+        if not imgs:
+            return None, None, None, broken
         imgs = torch.utils.data.default_collate(imgs)  # stacks; of tuples, as dense_data.py has them, a list of stacks
-        return imgs, torch.tensor(labels), torch.tensor([position for _, _, position in batch]), broken
+        return imgs, torch.tensor(labels), torch.tensor(positions), broken
 
     def candidates(self, index):
         """An index and its substitutes. Its neighbour, as usual elsewhere, would be seen twice in every epoch of every
         run; a hash spreads that out."""
         yield index
-        for attempt in range(20):
+        for attempt in range(self.substitutes):
             yield seed_of(self.seed, "substitute", index, attempt) % len(self)
 
     def augment(self, image, epoch, index):
@@ -168,12 +90,15 @@ class Images(torch.utils.data.Dataset):
 
     def count(self, broken, imgs):
         """Name each broken file once. TooManyBroken if more than `max_bad` of all files of the data set are known to be
-        broken by now (one is forgiven, unless max_bad is 0), or if `imgs` is None: 21 candidates in a row were."""
+        broken by now (one is forgiven, unless max_bad is 0), or all of them, or if `imgs` is None where a substitute
+        was looked for: 21 candidates in a row were."""
         new = {i: why for i, why in broken.items() if i not in self.broken}
         self.broken |= new
         for why in new.values():
-            tqdm.write(f"replaced a broken image: {' '.join(why.split())}", file=sys.stderr)
-        if imgs is None or len(self.broken) > (self.max_bad and max(1, self.max_bad * len(self))):
+            done = "replaced" if self.substitutes else "left out"
+            tqdm.write(f"{done} a broken image: {' '.join(why.split())}", file=sys.stderr)
+        limit = min(self.max_bad and max(1, self.max_bad * len(self)), len(self) - 1)
+        if (imgs is None and self.substitutes) or len(self.broken) > limit:
             first = "; ".join(list(self.broken.values())[:3])
             raise TooManyBroken(" ".join(f"{len(self.broken)} of {len(self)} images are broken so far, --max_bad is "
                                          f"{self.max_bad}: {first}; python data.py --check lists them all".split()))
@@ -190,13 +115,15 @@ def pretrain_set(cfg):
 
 
 def labelled_set(cfg, split, augment=None):
-    """A labelled split of --data, the train split cut to --labels images; augmented as `cfg` says if it is train."""
+    """A labelled split of --data, the train split cut to --labels images; augmented as `cfg` says if it is train. One
+    that is not augmented is evaluated, and has no substitutes for broken images."""
     o = with_defaults(cfg)
     pick = functools.partial(balanced, n=o["labels"], seed=cfg.seed) if o["labels"] and split == "train" else None
     source = open_source(cfg.data, split, cfg.in_chans, True, cfg.data_dir, cfg.download, pick=pick)
+    if split == "train" if augment is None else augment:
+        return Images(source, augmentation(o), cfg.seed, cfg.max_bad)
     plain = CentreCrop(cfg.img_size, v2.InterpolationMode(o["interpolation"]))
-    transform = augmentation(o) if (split == "train" if augment is None else augment) else plain
-    return Images(source, transform, cfg.seed, cfg.max_bad)
+    return Images(source, plain, cfg.seed, cfg.max_bad, substitutes=0)
 
 
 def sample(dataset, n):
@@ -235,6 +162,11 @@ class GlobalBatches(torch.utils.data.Sampler):
         """How many micro-batches a step has: equal on all processes, also where one has an image more than another (so
         that, with micro_batch 1, one of a tail's may hold two)."""
         return min(-(-self.size(step) // (self.world * self.micro_batch)), self.size(step) // self.world)
+
+    def smallest(self):
+        """The fewest images that any process holds at once."""
+        last = self.steps_per_epoch - 1
+        return min(self.size(step) // self.micro_batches(step) // self.world for step in (0, last))
 
     def __iter__(self):
         for epoch, steps in itertools.groupby(range(self.start, self.stop), lambda step: step // self.steps_per_epoch):
@@ -281,7 +213,8 @@ def loader(dataset, sampler, workers=0, pin=False):
             dataset.count(broken, imgs)
         except TooManyBroken as error:
             fail(error, everywhere=True)
-        yield imgs, labels, positions
+        if imgs is not None:
+            yield imgs, labels, positions
 
 
 def main(argv=None):

@@ -28,7 +28,7 @@ import checkpoint
 import data
 import engine
 import figures
-import models
+import protocols
 import weights
 from dense_data import dense_set
 from tasks import TASKS, accuracy, pictures
@@ -139,18 +139,12 @@ def build_dense(cfg, saved, classes):
     task, width = TASKS[cfg.task](classes, cfg.max_depth), cfg.head_width
     if cfg.eval:
         head = saved["dense"] if isinstance(saved.get("dense"), dict) else {"task": "none at all"}
-        tensors = head["tensors"] if isinstance(head.get("tensors"), dict) else {}
-        if head.get("task") != task.about or not torch.is_tensor(tensors.get("laterals.0.bias")):
+        tensors = head["tensors"] if checkpoint.all_ordinary(head.get("tensors")) else {}
+        first = tensors.get("head.0.weight", torch.empty(0))  # (width, width, 3, 3)
+        if head.get("task") != task.about or first.dim() != 4:
             raise ValueError(f"{cfg.init} holds no head for {task.about[:80]}, but {str(head.get('task'))[:80]}")
-        width = tensors["laterals.0.bias"].numel()
-    options = dict(saved["arch"]["options"]) if saved else {}
-    if cfg.window:
-        options["window"] = cfg.window
-    if options.get("positions") == "shared_bias" and not cfg.freeze:
-        options["positions"] = "block_bias"  # as SimMIM fine-tunes: every block gets a table of its own
-    encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, learn_positions=not cfg.freeze,
-                           drop_path=0.0 if cfg.freeze else cfg.drop_path, **options)
-    encoder.checkpointing = cfg.activation_checkpointing
+        width = min(first.shape[:2])
+    encoder = weights.encoder_for(cfg, saved, trains=not cfg.freeze)
     model = Dense(encoder, task, cfg.img_size, width, cfg.freeze)
     if saved:
         weights.load_encoder(encoder, saved, cfg.init, () if cfg.eval else model.export()["tensors"])
@@ -189,6 +183,7 @@ def main(argv=None):
             return engine.leave_group()
         dataset = dense_set(cfg, "train")
         sampler = data.global_batches(len(dataset), cfg, run)
+        protocols.require_two(model, sampler)
     groups = engine.parameter_groups(model, cfg.weight_decay, lambda name: cfg.layer_decay ** model.depth_below(name))
     optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
     steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)

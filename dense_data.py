@@ -18,17 +18,18 @@ from torchvision.transforms import v2
 
 import data
 import files
+import sources
 from shapes import SHAPES, shapes_batch
 from tasks import UNKNOWN
 from transforms import augmentation, with_defaults
 
 
-class DenseShapes(data.Memory):
+class DenseShapes(sources.Memory):
     """The embedded data. Segment: 0 for ground and bars, 1 to 10 for the visible part of a shape, by its class. Depth:
-    metres. .classes names what segment tells apart. `pick` as in data.Shapes."""
+    metres. .classes names what segment tells apart. `pick` as in sources.Shapes."""
 
     def __init__(self, split, task, in_chans=3, pick=None):
-        first, n = data.SPLITS[split]
+        first, n = sources.SPLITS[split]
         numbers = np.arange(first, first + n)
         numbers = numbers[pick(numbers % len(SHAPES))] if pick else numbers
         made = shapes_batch(0, numbers)
@@ -98,7 +99,10 @@ def read_classes(path):
     """The lines of a text file. FileNotFoundError without it, ValueError unless they are 2 to 255 different names."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; --task segment reads the names of its classes there")
-    classes = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     if not 2 <= len(set(classes)) == len(classes) <= UNKNOWN:
         raise ValueError(f"{path} should hold 2 to {UNKNOWN} different names, one a line, not {len(classes)}")
     return classes
@@ -109,7 +113,7 @@ def dense_set(cfg, split):
     and augmented as `cfg` says, others are resized to --img_size. ValueError or OSError on what does not fit."""
     o = with_defaults(cfg)
     train = split == "train"
-    pick = functools.partial(data.balanced, n=cfg.labels, seed=cfg.seed) if cfg.labels and train else None
+    pick = functools.partial(sources.balanced, n=cfg.labels, seed=cfg.seed) if cfg.labels and train else None
     if cfg.data == "shapes":
         source = DenseShapes(split, cfg.task, cfg.in_chans, pick)
     else:
@@ -119,4 +123,4 @@ def dense_set(cfg, split):
     # DIFF: a validation image is resized to --img_size with its label, and counted there; UM-MAE slides a window.
     plain = v2.Resize(cfg.img_size, v2.InterpolationMode(o["interpolation"]))
     steps = [augmentation(o) if train else plain, v2.ToPureTensor()]
-    return data.Images(source, v2.Compose(steps), cfg.seed, cfg.max_bad)
+    return data.Images(source, v2.Compose(steps), cfg.seed, cfg.max_bad, substitutes=20 if train else 0)

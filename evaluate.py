@@ -8,6 +8,7 @@ holds the same images and gives the same numbers; what is added up over processe
 
 import itertools
 import json
+import math
 import types
 
 import torch
@@ -20,6 +21,7 @@ import data
 import engine
 import figures
 from files import decode
+from sources import Memory
 from transforms import CORRUPTIONS, corruption
 
 # ---------------------------------------- Features
@@ -49,19 +51,21 @@ def batches_of(cfg, run, dataset):
 
 @torch.no_grad()
 def extract(cfg, run, encoder, dataset, pool="mean"):
-    """Features (n, D), fp32, and labels (n,) of a whole data set, in order, on every process."""
+    """Features (n, D), fp32, and labels (n,) of a whole data set, in order, on every process; of a broken image, which
+    an evaluation leaves out, none."""
     features = torch.zeros(len(dataset), encoder.width, device=run.device)
-    labels = torch.zeros(len(dataset), dtype=torch.int64, device=run.device)
+    labels = torch.zeros(len(dataset), dtype=torch.int64, device=run.device)  # 1 + label, 0 where there is no image
     encoder, was_training = ready(run, encoder), encoder.training
     for imgs, its_labels, indices in batches_of(cfg, run, dataset):
         with engine.autocast(run):
             features[indices] = pooled(encoder, imgs, pool).float()
-        labels[indices] = its_labels
+        labels[indices] = 1 + its_labels
     encoder.train(was_training)
     if run.world > 1:
         for table in (features, labels):
             dist.all_reduce(table)
-    return features, labels
+    there = labels > 0
+    return features[there], labels[there] - 1  # (n, D), (n,)
 
 
 def cached(cfg, run, model, dataset):
@@ -69,7 +73,7 @@ def cached(cfg, run, model, dataset):
     leaves as they are. Exact: what a frozen encoder makes of them is the same in every epoch."""
     features, labels = extract(cfg, run, model.encoder, dataset, model.pool)
     engine.say(f"features of {len(labels)} images kept: nothing changes an image from epoch to epoch")
-    source = data.Memory(features.cpu(), labels.cpu(), dataset.source.classes)
+    source = Memory(features.cpu(), labels.cpu(), dataset.source.classes)
     return data.Images(source, nn.Identity(), cfg.seed)
 
 
@@ -106,6 +110,7 @@ def nearest(cfg, run, encoder, bank, dataset, pool="mean", k=20):
     """The `summary` of k-NN, without any training: images of `dataset` are told by those of `bank`."""
     (features, labels), (queries, truth) = (extract(cfg, run, encoder, part, pool) for part in (bank, dataset))
     scores = neighbours(features, labels, queries, len(bank.source.classes), k)  # (n, K)
+    scores = scores.masked_fill(scores == 0, -math.inf)  # (n, K); a class without a vote is not among the five best
     return summary(count(scores, truth), dataset.source.classes)
 
 
@@ -114,11 +119,12 @@ def nearest(cfg, run, encoder, bank, dataset, pool="mean", k=20):
 
 def count(scores, labels):
     """Integers (K * K + 1,) of scores (B, K), labels (B,): the confusion matrix (true x predicted), then how often the
-    label is among the five best."""
+    label is among the five best, of which one with the score -inf is none."""
     K = scores.shape[1]
-    best = scores.topk(min(5, K), dim=1).indices  # (B, 5)
+    values, best = scores.topk(min(5, K), dim=1)  # 2 x (B, 5)
     confusion = torch.bincount(labels * K + best[:, 0], minlength=K * K)
-    return torch.cat([confusion, (best == labels[:, None]).sum().view(1)])  # (K * K + 1,)
+    hits = (best == labels[:, None]) & (values > -math.inf)  # (B, 5)
+    return torch.cat([confusion, hits.sum().view(1)])  # (K * K + 1,)
 
 
 def summary(counts, classes):
@@ -150,23 +156,24 @@ def accuracy(cfg, run, model, dataset):
 
 def judge(cfg, run, model, dataset):
     """The `accuracy` of a classifier and, with --corruptions, {kind: top-1 at five strengths} on spoiled images, whose
-    noise is a function of (seed, index)."""
+    noise is a function of the index alone: all classifiers see the same."""
     result = accuracy(cfg, run, model, dataset)
     if cfg.corruptions:
         result["corruptions"] = {kind: [] for kind in CORRUPTIONS}
         for kind, strength in itertools.product(CORRUPTIONS, range(5)):
             transform = v2.Compose([dataset.transform, corruption(kind, strength, cfg.img_size)])
-            spoiled = data.Images(dataset.source, transform, cfg.seed, dataset.max_bad)
+            spoiled = data.Images(dataset.source, transform, 0, dataset.max_bad, dataset.substitutes)
+            spoiled.broken = dataset.broken  # named once
             result["corruptions"][kind].append(accuracy(cfg, run, model, spoiled)["top1"])
     return result
 
 
 def alone(cfg, run, model, dataset):
     """An evaluation without training, of a classifier or, by k-NN, of its features."""
+    bank = data.labelled_set(cfg, "train", augment=False) if cfg.mode == "knn" else None
     if run.main:
         engine.claim(cfg, run, None, {})
-    if cfg.mode == "knn":
-        bank = data.labelled_set(cfg, "train", augment=False)
+    if bank:
         result = nearest(cfg, run, model.encoder, bank, dataset, model.pool, cfg.neighbours)
     else:
         result = judge(cfg, run, model, dataset)
@@ -196,5 +203,7 @@ def predict(cfg, run, model, classes):
         with engine.autocast(run):
             logits = model(data.normalize(image[None].to(run.device)))  # (1, K)
         share, best = logits[0].float().softmax(dim=0).max(dim=0)
+        if not share.isfinite():
+            raise ValueError(f"{path}: the classifier's outputs are not finite")
         engine.say(f"{path}: {classes[best]} {100 * share:.1f} %")
     engine.leave_group()

@@ -10,6 +10,7 @@ import torch
 import checkpoint
 import layouts
 import models
+import protocols
 from layers import offset_index, raster
 
 
@@ -18,12 +19,18 @@ def export(saved, where, target, out):
     nothing written, if `target` has no such encoder or head, or if `out` exists."""
     out = Path(out)
     safe = out.suffix == ".safetensors"
-    if out.exists() or (target == "safetensors" and not safe):
-        raise ValueError(f"{out} is there already" if out.exists() else f"{out} should end in .safetensors")
+    for there in (out, out.with_name(out.name + ".tmp")):  # what checkpoint.write would take the place of
+        if there.exists():
+            raise ValueError(f"{there} is there already")
+    if target == "safetensors" and not safe:
+        raise ValueError(f"{out} should end in .safetensors")
+    if "dense" in saved:
+        raise ValueError(f"{where} is of dense.py, whose head took the place of the encoder's last norm, so that other "
+                         "code lacks it; export the encoder that its training began with")
     arch, head = saved["arch"], saved.get("classifier")
     both = {**saved["model"], **(head["tensors"] if head else {})}
     with torch.device("meta"):
-        encoder = models.build(arch["model"], arch["img_size"], arch["patch_size"], arch["in_chans"], **arch["options"])
+        encoder = protocols.rebuild(arch)
     checkpoint.require_state(layouts.expected(encoder, head), both, where)
     if target == "safetensors":
         checkpoint.write(out, pack(saved))
@@ -45,6 +52,8 @@ def to_timm(saved):
         pool = {"cls": "token", "mean": "avg"}[pool]
         sizes += (f"embed_dim={arch['width']}, depth={arch['depth']}, num_heads={arch['num_heads']}, "
                   f"global_pool='{pool}', fc_norm={norm == 'layer'}")
+        if scale := arch["options"]["layer_scale"]:
+            tensors, sizes = renamed(tensors, layouts.LAYER_SCALE), f"{sizes}, init_values={scale}"
     elif arch["model"] in models.PVT2:
         widths, depths, heads, ratios = models.PVT2[arch["model"]]
         tensors = {f"stages.3.{name}" if name.startswith("norm.") else name: t for name, t in tensors.items()}
@@ -64,6 +73,9 @@ def to_torchvision(saved):
     K, (h, w) = len(tensors.get("head.weight", ())) or 1000, arch["img_size"]
     if arch["in_chans"] != 3:
         raise ValueError(f"torchvision's models take 3 channels, not {arch['in_chans']}; --to timm")
+    if arch["model"].startswith("torchvision:"):
+        name = arch["model"].removeprefix("torchvision:")
+        return {k.removeprefix("net."): t for k, t in tensors.items()}, f"torchvision.models.{name}()"
     if arch["model"] in models.VIT:
         if h != w or pool == "mean":
             raise ValueError("torchvision's ViT takes square images and classifies by the class token; --to timm")
@@ -88,10 +100,17 @@ def require_known(saved, target):
     """ValueError, in one line, unless timm or torchvision has an encoder, and a head, like those in `saved`."""
     arch, head, options = saved["arch"], saved.get("classifier"), saved["arch"]["options"]
     vit, swin, pvt2 = (arch["model"] in sizes for sizes in (models.VIT, models.SWIN, models.PVT2))
-    known = (vit and options["positions"] == "absolute") or (swin and options["bias"] == "table")
-    if not known and not (pvt2 and target == "timm"):
-        raise ValueError(f"{target} has no encoder like {arch['model']} {options}; --to safetensors keeps it as it is")
-    if vit:
+    theirs = arch["model"].startswith("torchvision:") and not arch["model"].startswith("torchvision:vit_")
+    if target == "timm":
+        known = (vit and options["positions"] == "absolute") or (swin and options["bias"] == "table") or pvt2
+    else:  # of a network of its own, torchvision has another head
+        known = (vit and options == {"positions": "absolute", "layer_scale": 0.0}) or (theirs and not head) \
+            or (swin and options["bias"] == "table")
+    if not known or arch.get("drop_layers"):
+        cut = f", cut by {arch['drop_layers']} layers" if arch.get("drop_layers") else ""
+        raise ValueError(f"{target} has no encoder like {arch['model']} {options}{cut}{' with a head' * bool(head)}; "
+                         "--to safetensors keeps it as it is")
+    if vit or theirs:
         return
     if head and (head["pool"], head["head_norm"]) not in (("mean", "none"), ("mean", "batch")):
         raise ValueError(f"{target}'s pyramids norm their tokens before the mean, not after it: fine-tune with "

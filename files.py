@@ -56,6 +56,8 @@ def decode(path, in_chans=3, min_side=0):
             if array.ndim not in (2, 3) or not 0 < array.shape[0] * array.shape[1] <= Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"an array of shape {array.shape}, not (H, W, C)")
             array = to_bytes(np.array(array).reshape(*array.shape[:2], -1))  # (h, w, C)
+        elif in_chans not in (None, *PIL_MODE):
+            raise ValueError(f"image files have 1, 3 or 4 channels, --in_chans is {in_chans}: that needs a .npy file")
         else:
             with opened(path) as image:
                 if min_side:

@@ -30,7 +30,7 @@ import evaluate
 import models
 import protocols
 import weights
-from options import one_of
+from options import judges, one_of
 from transforms import always_alike, mix
 
 
@@ -49,7 +49,7 @@ class Config(engine.RunConfig):
     in_chans: int = 0  # image channels; 0 takes it from --init, or 3
     img_size: engine.Size = (0, 0)  # height x width in pixels; 0 takes it from --init, or is 224
     window: int = 0  # side of Swin's windows in tokens; 0 as in --init, or 7
-    pool: str = "mean"  # mean of patch tokens, or cls: the class token
+    pool: str = "auto"  # mean of patch tokens, or cls: the class token; auto as a classifier in --init, or mean
     head_norm: str = "auto"  # layer, batch (no affine), none; auto: layer for mean, none for cls, batch for linear
     head_start: str = "random"  # random, or probe: logistic regression on the frozen features of the training set
     split: str = "val"  # evaluate on val or test
@@ -148,8 +148,13 @@ def resolve(cfg):
     in one line, if it is no encoder or another one than the options ask for."""
     one_of(cfg, mode="finetune linear knn", head_start="random probe", split="val test",
            optimizer="auto adamw lars sgd")
-    if cfg.micro_batch % 2 and (cfg.mixup or cfg.cutmix) and cfg.mode == "finetune":
+    if cfg.micro_batch % 2 and (cfg.mixup or cfg.cutmix) and not judges(cfg):
         raise ValueError(f"mixup and cutmix mix pairs: --micro_batch {cfg.micro_batch} must be even")
+    if cfg.mode == "linear" and (cfg.mixup or cfg.cutmix):
+        raise ValueError("--mixup and --cutmix are of --mode finetune, and must be 0 in linear")
+    names = {cfg.init, cfg.checkpoint or cfg.init} - {"none"}
+    if bool(cfg.eval) + bool(cfg.predict) + (cfg.mode == "knn") > 1 or len(names) > 1:
+        raise ValueError("one of --eval, --predict and --mode knn at a time, and one of --init and --checkpoint")
     if not 0 <= cfg.ema < 1 or cfg.neighbours < 1 or cfg.drop_layers < 0:
         raise ValueError("--ema takes [0, 1), --neighbours 1 or more, --drop_layers 0 or more, not "
                          f"{cfg.ema}, {cfg.neighbours}, {cfg.drop_layers}")
@@ -174,16 +179,9 @@ def resolve(cfg):
 
 def build_encoder(cfg, saved):
     """The encoder that the options and `saved` describe, with random weights."""
-    trains, cut = cfg.mode == "finetune", saved["arch"].get("drop_layers", 0) if saved else 0
-    options = (saved["arch"]["options"] if saved else {}) | ({"window": cfg.window} if cfg.window else {})
-    if options.get("positions") == "shared_bias" and trains:
-        options["positions"] = "block_bias"  # as SimMIM fine-tunes: every block gets a table of its own
-    encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, learn_positions=trains,
-                           drop_path=cfg.drop_path if trains else 0.0, **options)
-    encoder.checkpointing = cfg.activation_checkpointing
-    for count in (cut, cfg.drop_layers):
-        if count:
-            protocols.drop_layers(encoder, count)
+    encoder = weights.encoder_for(cfg, saved, trains=cfg.mode == "finetune")
+    if cfg.drop_layers:
+        protocols.drop_layers(encoder, cfg.drop_layers)
     return encoder
 
 
@@ -193,12 +191,17 @@ def build_classifier(cfg, saved, classes, load=True):
     judged, head = load and (cfg.eval or cfg.predict), saved.get("classifier") if saved else None
     if judged and not (head and (head.get("unnamed") or head["classes"] == classes)):
         raise ValueError(f"{cfg.init} holds no classifier of the {len(classes)} classes {', '.join(classes)[:80]}")
-    auto = "batch" if cfg.mode == "linear" or cfg.head_start == "probe" else "layer" if cfg.pool == "mean" else "none"
-    if cfg.mode == "knn" or (head and head["head_norm"] == "layer"):  # fine-tuned so, it has no last norm of its own
-        auto = "layer" if head and head["head_norm"] == "layer" else "none"
-    pool, head_norm = cfg.pool, auto if cfg.head_norm == "auto" else cfg.head_norm
-    if judged:
-        pool, head_norm = head["pool"], head["head_norm"]
+    if head and head.get("unnamed") and cfg.pool != "auto":  # from elsewhere: what it pools is told by no name
+        head = {**head, "pool": cfg.pool}
+        saved = {**saved, "classifier": head}
+    pool = cfg.pool if cfg.pool != "auto" else head["pool"] if head else "mean"
+    auto = "batch" if cfg.mode == "linear" or cfg.head_start == "probe" else "layer" if pool == "mean" else "none"
+    bare = saved and ("dense" in saved or (head and head["head_norm"] == "layer"))  # without a last norm of its own
+    if cfg.mode == "knn" or bare:
+        auto = "layer" if bare else "none"
+    head_norm = head["head_norm"] if judged else auto if cfg.head_norm == "auto" else cfg.head_norm
+    if judged and pool != head["pool"]:
+        raise ValueError(f"--pool {pool}, but the classifier in {cfg.init} pools by {head['pool']}")
     make = lambda: Classifier(build_encoder(cfg, saved), len(classes), pool, head_norm)  # noqa: E731
     model = make()
     if saved and load:
@@ -207,7 +210,7 @@ def build_classifier(cfg, saved, classes, load=True):
     model.head.requires_grad_(True)
     if cfg.train_blocks:
         protocols.freeze(model.encoder, cfg.train_blocks)
-    if cfg.ema and not judged:
+    if cfg.ema and not judges(cfg):
         average = make().requires_grad_(False)
         average.load_state_dict(model.state_dict())
         model.average = average
@@ -225,7 +228,8 @@ def load_weights(cfg, model, saved, classes):
         saved["notes"] = [*saved.get("notes", []), f"kept of its classifier: {', '.join(parts)}"]
     if cfg.drop_layers or cfg.shuffle_layers:
         seed = cfg.seed if cfg.shuffle_layers else None
-        saved = {**saved, "model": protocols.kept_tensors(model.encoder, saved["model"], seed)}
+        kept, notes = protocols.kept_tensors(model.encoder, saved["model"], seed)
+        saved = {**saved, "model": kept, "notes": [*saved.get("notes", []), *notes]}
     fresh = [name for name in model.export(classes)["tensors"] if name.split(".")[0] not in parts]
     weights.load_encoder(model.encoder, saved, cfg.init, fresh)
     for part in parts:
@@ -263,6 +267,7 @@ def main(argv=None):
             return evaluate.alone(cfg, run, model, val)
         dataset = data.labelled_set(cfg, "train")
         sampler = data.global_batches(len(dataset), cfg, run)
+        protocols.require_two(model, sampler)
     optimizer = build_optimizer(cfg, model)
     steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
     peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
@@ -270,6 +275,8 @@ def main(argv=None):
     if cfg.head_start == "probe" and not first:
         plain = data.labelled_set(cfg, "train", augment=False)
         protocols.start_head(model, *evaluate.extract(cfg, run, model.encoder, plain, model.pool))
+        if cfg.ema:  # the average begins where the head does
+            models.blend(model.average, model, 0.0)
     if cached := cfg.mode == "linear" and always_alike(cfg):
         dataset = evaluate.cached(cfg, run, model, dataset)
     judged = model.average if cfg.ema else model

@@ -34,6 +34,8 @@ HUGGING_FACE = {
     "output.dense.": "mlp.fc2.", "layernorm_before.": "norm1.", "layernorm_after.": "norm2.", "layernorm.": "norm.",
     "classifier.": "head."}
 
+LAYER_SCALE = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}  # of timm's ViT
+
 # (layout, start of a name that only it has, its table), the first that fits; torchvision's older files: linear_1, 2.
 LAYOUTS = [
     ("Hugging Face's ViT", r"(vit\.)?embeddings\.patch_embeddings\.", HUGGING_FACE),
@@ -43,7 +45,7 @@ LAYOUTS = [
     ("timm's PVTv2", r"stages\.0\.blocks\.0\.attn\.kv\.", {"stages.3.norm.": "norm."}),
     ("UM-MAE's pyramids", r"blocks\.\d+\.attn\.(posmlp|sr)\.", None),
     ("SimMIM's code", r"encoder\.patch_embed\.", {"encoder.": ""}),
-    ("MAE's code or timm", r"patch_embed\.", {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}),
+    ("MAE's code or timm", r"patch_embed\.", LAYER_SCALE),
 ]
 
 # What an encoder does without: decoders, tokens and heads of pre-training, and what is computed from sizes.
@@ -184,8 +186,7 @@ def foreign(content, where, size=(0, 0)):
     "model" or "state_dict". `size` as in `infer`. ValueError if no encoder of ours fits it tensor by tensor."""
     for key in ("model", "state_dict"):
         content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not content or not all(
-            isinstance(name, str) and checkpoint.ordinary(tensor) for name, tensor in content.items()):
+    if not checkpoint.all_ordinary(content):
         raise ValueError(f"{where} is not an encoder.pt of this project, nor the plain state dict of another one")
     try:
         tensors, layout, left = translate(content)

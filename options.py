@@ -152,6 +152,8 @@ def read_flags(words, lists=()):
             value = [] if value is True else [value]
             while words and not words[0].startswith("--"):
                 value.append(words.pop(0))
+            if not any(value):
+                fail(f"--{key} takes one or more words behind it")
         if key == "config":
             files.append(value)
         else:
@@ -209,6 +211,8 @@ def check(cfg, world):
         fail("--precision fp16 needs a GPU; a CPU takes bf16 or fp32")
     if not 0 <= cfg.max_bad <= 1 or cfg.workers < 0 or cfg.max_steps < 0:
         fail("--max_bad is a share from 0 to 1; --workers and --max_steps are 0 or more")
+    if judges(cfg):
+        return
     share, rest = divmod(cfg.batch_size, world)
     if rest:
         fail(f"--batch_size {cfg.batch_size} is not divisible by {world} processes")
@@ -216,6 +220,11 @@ def check(cfg, world):
         fits = max(m for m in range(1, min(cfg.micro_batch, share) + 1) if share % m == 0)
         fail(f"--micro_batch {cfg.micro_batch} does not divide the {share} images of --batch_size that each of {world} "
              f"process(es) holds; --micro_batch {fits} does")
+
+
+def judges(cfg):
+    """Do the options ask for an evaluation alone, without a step of training?"""
+    return bool(getattr(cfg, "eval", False) or getattr(cfg, "predict", ()) or getattr(cfg, "mode", "") == "knn")
 
 
 def one_of(cfg, **choices):
@@ -286,8 +295,9 @@ def step_of(line):
 def claim(cfg, run, saved, about):
     """Make --out this run's folder and write config.yaml: the resolved options, versions and git commit.
 
-    ValueError if it holds a run that neither --resume nor --overwrite says what to do with; OSError if it cannot be
-    written. Nothing is removed before both are known.
+    ValueError if it holds a run that neither --resume nor --overwrite says what to do with, or weights that would be
+    lost: those that this run starts from, or any, if it evaluates alone. OSError if it cannot be written. Nothing is
+    removed before all of that is known.
     """
     names = ("config.yaml", "log.jsonl", "result.json", "last.pt", "encoder.pt", "previous.last.pt",
              "previous.encoder.pt")
@@ -297,6 +307,11 @@ def claim(cfg, run, saved, about):
     trained = any(path.suffix == ".pt" for path in used)  # --resume does not begin anew over weights
     if used and not (saved or cfg.overwrite or (cfg.resume and not trained)):
         raise ValueError(f"--out {run.out} holds a run: --resume goes on, --overwrite replaces it, or name another")
+    if trained and judges(cfg):
+        raise ValueError(f"--out {run.out} holds the weights of a run, and an evaluation has none: name another")
+    sources = [Path(getattr(cfg, name, "none")).resolve() for name in ("init", "teacher")]
+    if not saved and any(path.resolve() in sources for path in used):
+        raise ValueError(f"--out {run.out} holds what this run starts from: name another")
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / ".writable").write_text("yes")
     (run.out / ".writable").unlink()

@@ -61,21 +61,32 @@ def start_head(model, features, labels):
     model.head.zero_grad(set_to_none=True)
 
 
+def require_two(model, sampler):
+    """ValueError if BatchNorm, of a head or behind a map of one place, were to find the spread of a single number."""
+    one_place = model.encoder.arch["img_size"] == [model.encoder.out_stride] * 2
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d) if one_place else nn.BatchNorm1d
+    if sampler.smallest() < 2 and any(isinstance(m, kinds) and m.training for m in model.train().modules()):
+        raise ValueError("BatchNorm needs two images at once, and some process would hold one: a --micro_batch of 2 or "
+                         "more, a larger --batch_size, or --drop_last true")
+
+
 # ---------------------------------------- Partial
 
 
 def freeze(encoder, train_blocks):
     """Leave the last `train_blocks` blocks of an encoder to train, and what comes after them; of half a block, as in
-    0.5, 1.5, ..., its MLP with the norm before it (MAE, Fig. 9). ValueError if there are no such blocks."""
+    0.5, 1.5, ..., its MLP with the norm before it (MAE, Fig. 9), and a merging behind it. ValueError if there are no
+    such blocks."""
     if train_blocks % 0.5 or not 0 < train_blocks <= encoder.num_layers:
         raise ValueError(f"--train_blocks takes 0.5, 1, 1.5, ... {encoder.num_layers}, not {train_blocks:g}")
     last = encoder.num_layers - int(train_blocks)  # of the frozen blocks, or the one of which the MLP trains
     halves = 0
     for name, parameter in encoder.named_parameters():
         depth = encoder.layer_id(name)
-        half = train_blocks % 1 > 0 and depth == last and any(part in name for part in (".norm2.", ".mlp.", ".gamma_2"))
+        behind = "blocks." not in name or any(part in name for part in (".norm2.", ".mlp.", ".gamma_2"))
+        half = train_blocks % 1 > 0 and depth == last and behind
         parameter.requires_grad_(depth > last or half)
-        halves += half
+        halves += half and "blocks." in name
     if train_blocks % 1 and not halves:
         raise ValueError(f"--train_blocks {train_blocks:g}: the blocks of {encoder.arch['model']} have no MLP half")
 
@@ -90,6 +101,16 @@ def blocks_of(encoder):
     if isinstance(encoder, models.Pyramid):
         return encoder.get_submodule(f"{encoder.list_name}.2.blocks"), f"{encoder.list_name}.2.blocks."
     raise ValueError(f"--drop_layers and --shuffle_layers know ViT, Swin and PVT, not {encoder.arch['model']}")
+
+
+def rebuild(arch, **changes):
+    """The encoder that the "arch" of an encoder.pt describes, cut as that one was, with random weights. `changes` are
+    other sizes or options. ValueError, as of models.build, if they do not fit together."""
+    own = {name: arch[name] for name in ("model", "img_size", "patch_size", "in_chans")}
+    encoder = models.build(**{**own, **arch["options"], **changes})
+    if arch.get("drop_layers"):
+        drop_layers(encoder, arch["drop_layers"])
+    return encoder
 
 
 def drop_layers(encoder, count):
@@ -115,8 +136,9 @@ def drop_layers(encoder, count):
 
 
 def kept_tensors(encoder, tensors, seed=None):
-    """The tensors (a state dict) of a whole encoder that fit one that `drop_layers` has cut; with a seed, each of its
-    blocks gets those of a block drawn at random from all, none twice (Dark Secrets: the first 9 of 18 blocks)."""
+    """(the tensors, a state dict, of a whole encoder that fit one that `drop_layers` has cut; what became of its
+    blocks, as lines). With a seed, every block gets the tensors of one drawn at random from all, none twice (Dark
+    Secrets: the first 9 of 18 blocks)."""
     blocks, prefix = blocks_of(encoder)
     total = len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
     order = range(len(blocks))
@@ -124,6 +146,11 @@ def kept_tensors(encoder, tensors, seed=None):
         draw = torch.Generator().manual_seed(seed_of(seed, "shuffled layers"))
         order = torch.randperm(total, generator=draw)[: len(blocks)].tolist()
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    left, notes = sorted(set(range(total)) - set(order)), []
+    if left:
+        notes.append(f"left over: {prefix}{', '.join(map(str, left))}")
+    if seed is not None:
+        notes.append(f"{prefix}0 to {len(blocks) - 1} are those that were {', '.join(map(str, order))}")
     if isinstance(encoder, models.Pyramid) and "drop_layers" in encoder.arch:
         own, stages = encoder.state_dict(), encoder.list_name
         cut_off = [name for name in kept if name.startswith((f"{stages}.2.", f"{stages}.3.")) and name not in own]
@@ -131,8 +158,9 @@ def kept_tensors(encoder, tensors, seed=None):
         if cut_off:  # the last norm went with the fourth stage, and starts anew
             kept = {name: tensor for name, tensor in kept.items() if not name.startswith("norm.")}
             kept |= {name: tensor for name, tensor in own.items() if name.startswith("norm.")}
+            notes.append("left over: the fourth stage; its norm starts anew behind the third")
     for new, old in enumerate(order):
         start = f"{prefix}{old}."
         kept |= {f"{prefix}{new}.{name.removeprefix(start)}": tensor
                  for name, tensor in tensors.items() if name.startswith(start)}
-    return kept
+    return kept, notes

@@ -100,24 +100,25 @@ TASKS = {"segment": Segment, "depth": Depth}
 def accuracy(cfg, run, model, dataset):
     """{the scores of the task, images} of a model on a data set, every image once, whatever the number of processes;
     exits with code 2 if not a single pixel is labelled."""
-    tally = torch.zeros(model.task.counts, dtype=torch.float64, device=run.device)
+    tally = torch.zeros(model.task.counts + 1, dtype=torch.float64, device=run.device)  # the last one counts images
     evaluate.ready(run, model)
     chunks = data.in_order(len(dataset), cfg.micro_batch, run.rank, run.world)
     for (imgs, labels), _, _ in data.loader(dataset, chunks, cfg.workers):
         with engine.autocast(run):
             output = model(data.normalize(imgs.to(run.device)))  # (B, K, H, W)
-        tally += model.task.tally(model.task.predict(output.float()), labels.to(run.device))
+        tally[:-1] += model.task.tally(model.task.predict(output.float()), labels.to(run.device))
+        tally[-1] += len(imgs)
     if run.world > 1:
         dist.all_reduce(tally)
-    if not tally.sum():
+    if not tally[:-1].sum():
         raise ValueError(f"not a single pixel of {len(dataset)} labels is known")
-    return {**model.task.scores(tally), "images": len(dataset)}
+    return {**model.task.scores(tally[:-1]), "images": int(tally[-1])}
 
 
 @torch.no_grad()
 def pictures(model, dataset, run, n=8):
     """{row title: (n, C, H, W) in [0, 1]}: the first images of a data set, their labels, what is predicted."""
-    imgs, labels = dataset.__getitems__(data.in_order(min(n, len(dataset)), n)[0])[0]
+    (imgs, labels), _, _ = next(iter(data.loader(dataset, data.in_order(len(dataset), n))))
     output = model.eval()(data.normalize(imgs.to(run.device))).float().cpu()
     return {"image": imgs / 255, "label": model.task.paint(labels),
             "prediction": model.task.paint(model.task.predict(output))}

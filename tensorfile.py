@@ -33,8 +33,7 @@ def save(content, file):
 def read(path):
     """({name: tensor}, metadata) of a file. ValueError (one line) unless the tensors of which its header tells fill it
     without gap or overlap; FileNotFoundError if it is not there."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+    require_room(path)
     tensors = {}
     with open(path, "rb") as file:
         try:
@@ -45,6 +44,16 @@ def read(path):
             tensors[name] = torch.empty(shape, dtype=dtype)
             file.readinto(tensors[name].flatten().view(torch.uint8).numpy())
     return tensors, about
+
+
+def require_room(path):
+    """FileNotFoundError if there is no such file; ValueError if it is larger than this machine's memory, as a file of a
+    few blocks may say it is."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if os.path.getsize(path) > memory:
+        raise ValueError(f"{path} has {os.path.getsize(path) / 1e9:.0f} GB, more than this machine's memory")
 
 
 def read_header(file):

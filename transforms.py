@@ -49,7 +49,10 @@ class RandomErasing(v2.RandomErasing):
 
 
 def cover(image, size, interpolation):
-    """An image in its own proportions, resized to the least that covers `size` (h, w)."""
+    """An image in its own proportions, resized to the least that covers `size` (h, w). Of one that is longer than 64
+    times its width, its middle: a line of pixels would grow beyond any memory."""
+    limit = 64 * min(image.shape[-2:])
+    image = v2.functional.center_crop(image, [min(n, limit) for n in image.shape[-2:]])
     (H, W), (h, w) = image.shape[-2:], size
     h, w = (h, h * W // H) if h * W >= w * H else (w * H // W, w)
     return v2.functional.resize(image, [h, w], interpolation, antialias=True)

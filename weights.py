@@ -10,17 +10,19 @@ after fine-tuning. What other code saved comes in the same form: layouts.py know
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import checkpoint
 import exports
 import layouts
 import models
+import protocols
 import tensorfile
 from options import Size, parse_value, say, user_errors
+from resizing import resize_bias_table, resize_positions
 
 OPTIONS = {"window": int, "bias": str, "positions": str, "layer_scale": float, "reduction": list, "max_stride": int}
 
@@ -38,18 +40,40 @@ def read_encoder(path, size=(0, 0)):
         saved = layouts.foreign(saved, path, size)
         saved["notes"] += ["a file this old has no checksums"] * old
         return saved
-    arch = saved.get("arch")
-    fits = isinstance(arch, dict) and isinstance(saved.get("model"), dict) and isinstance(arch.get("model"), str)
-    fits = fits and isinstance(arch.get("options"), dict) and isinstance(arch.get("img_size"), list)
-    numbers = [*arch["img_size"], arch.get("patch_size"), arch.get("in_chans")] if fits else []
-    head = saved.get("classifier", {"classes": [], "tensors": {}, "pool": "mean", "head_norm": "layer"})
-    kinds = {"classes": list, "tensors": dict, "pool": str, "head_norm": str}
-    if len(numbers) != 4 or not all(isinstance(n, int) and 0 < n <= 2**16 for n in numbers) \
-            or not all(isinstance(arch.get(name), int | list) for name in ("width", "depth", "num_heads")) \
-            or not all(isinstance(value, OPTIONS.get(name, ())) for name, value in arch["options"].items()) \
-            or not isinstance(head, dict) or not all(isinstance(head.get(name), kinds[name]) for name in kinds):
+    saved.pop("notes", None)  # of this load alone, not of the file
+    try:
+        fits = is_encoder(saved)
+    except ValueError as error:  # of models.build
+        raise ValueError(f"{path}: {error}") from error
+    except (AttributeError, KeyError, TypeError, RuntimeError):  # a part is missing or of another kind
+        fits = False
+    if not fits:
         raise ValueError(f"{path} is not an encoder.pt of this project")
     return saved
+
+
+def is_encoder(saved):
+    """Is `saved` what this project writes as encoder.pt, so that what is built of its `arch` is no larger than what the
+    file holds? ValueError, or an error of its kind, for nonsense."""
+    arch, tensors, head = saved["arch"], saved["model"], saved.get("classifier")
+    sizes, options = [*arch["img_size"], arch["patch_size"], arch["in_chans"]], arch["options"]
+    if not (checkpoint.all_ordinary(tensors) and all(name in arch for name in ("width", "depth", "num_heads"))
+            and len(sizes) == 4 and all(type(n) is int and 0 < n <= 2**16 for n in sizes)
+            and all(isinstance(options[name], OPTIONS.get(name, ())) for name in options)
+            and all(type(n) is int for n in options.get("reduction", []))):
+        return False
+    if head is not None and not (
+            checkpoint.all_ordinary(head["tensors"]) and isinstance(head["classes"], list)
+            and all(type(name) is str for name in head["classes"])
+            and len(head["tensors"]["head.weight"]) == len(head["classes"])
+            and {head["pool"], head["head_norm"]} <= {"mean", "cls", "layer", "batch", "none"}):
+        return False
+    if arch["model"].startswith("torchvision:"):  # what builds it computes a map of one image
+        return arch["in_chans"] <= 2**12 and math.prod(arch["img_size"]) <= 2**26
+    with torch.device("meta"):
+        own = protocols.rebuild(arch).state_dict()
+    return all(own[name].shape == tensors[name].shape for name in own.keys() & tensors.keys()) \
+        and all(name.startswith("norm.") for name in own.keys() - tensors.keys())
 
 
 def as_in_init(cfg):
@@ -64,6 +88,20 @@ def as_in_init(cfg):
             raise ValueError(f"--{name} {getattr(cfg, name)}, but the encoder in {cfg.init} has {name} {arch[name]}")
     size = cfg.img_size if any(cfg.img_size) else tuple(arch["img_size"])
     return dataclasses.replace(cfg, **{**arch, "img_size": size, "in_chans": cfg.in_chans or arch["in_chans"]}), saved
+
+
+def encoder_for(cfg, saved, trains):
+    """The encoder that the options describe, which has what `as_in_init` found in `saved`, with random weights; cut if
+    that one is. If it `trains`, so do its positions, and it has stochastic depth."""
+    arch = saved["arch"] if saved else {"options": {}}
+    options = arch["options"] | ({"window": cfg.window} if cfg.window else {})
+    if options.get("positions") == "shared_bias" and trains:
+        options["positions"] = "block_bias"  # as SimMIM fine-tunes: every block gets a table of its own
+    own = {name: getattr(cfg, name) for name in ("model", "img_size", "patch_size", "in_chans")}
+    encoder = protocols.rebuild({**arch, **own, "options": options}, learn_positions=trains,
+                                drop_path=cfg.drop_path if trains else 0.0)
+    encoder.checkpointing = cfg.activation_checkpointing
+    return encoder
 
 
 def load_encoder(encoder, saved, where, fresh=()):
@@ -115,15 +153,6 @@ def adapt_channels(tensors, arch, encoder, where):
     return [f"patch embedding of {old} channels made one of {new}: {rule}"]
 
 
-def resize_positions(table, old_grid, new_grid, num_prefix=1):
-    """A position table (1, num_prefix + h*w, D) for another grid, by bicubic interpolation of its two dimensions; the
-    rows of class tokens in front stay. The grids are given, not guessed: 64 tokens may be 8x8 or 4x16."""
-    prefix, grid = table[:, :num_prefix], table[:, num_prefix:]
-    grid = grid.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
-    grid = F.interpolate(grid, new_grid, mode="bicubic", align_corners=False)  # (1, D, h', w')
-    return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)  # (1, num_prefix + h'*w', D)
-
-
 def adapt_bias_tables(tensors, arch, encoder, where, method):
     """Make the bias tables among `tensors`, of the encoder that `arch` describes, fit `encoder`: one for all blocks
     becomes one per block, and other windows get resized tables, by `method`. Changes `tensors`; returns what was done,
@@ -143,50 +172,6 @@ def adapt_bias_tables(tensors, arch, encoder, where, method):
             tensors[name] = resize_bias_table(tensors[name], old, new, method)
             sizes.add(f"{old[0]}x{old[1]} to {new[0]}x{new[1]}")
     return notes + [f"bias tables resized from {', '.join(sorted(sizes))} ({method})"] * bool(sizes)
-
-
-def resize_bias_table(table, old_window, new_window, method="geometric"):
-    """A table of relative-position biases (T, heads), T = (2h-1)*(2w-1) and rows of a class token, for other windows.
-
-    "geometric" is SimMIM's way: entries are taken to lie at distances that grow like a geometric series until the old
-    table reaches as far as the new one, so that near neighbours, which matter most, keep their resolution; a cubic
-    spline runs through them; for a smaller window, the table is cut. "bicubic" interpolates the table like an image
-    (FastMIM's paper). ValueError for another method.
-    """
-    (h, w), new = ((2 * a - 1, 2 * b - 1) for a, b in (old_window, new_window))
-    offsets, extra = table[: h * w].view(h, w, -1), table[h * w :]  # (h, w, heads)
-    if method == "bicubic":
-        offsets = F.interpolate(offsets.permute(2, 0, 1)[None], new, mode="bicubic")[0].permute(1, 2, 0)
-    elif method == "geometric":
-        rows, columns = (spline_matrix(geometric_places(n // 2, m // 2), m // 2) for n, m in ((h, new[0]), (w, new[1])))
-        offsets = torch.einsum("ij,jlc,kl->ikc", rows, offsets.double(), columns).to(table.dtype)  # (h', w', heads)
-    else:
-        raise ValueError(f"bias tables are resized by geometric or bicubic interpolation, not {method}")
-    return torch.cat([offsets.flatten(0, 1), extra])
-
-
-def geometric_places(count, radius):
-    """Where the entries of one side of a table lie: 0 and +-(1 + q + ... + q^(i-1)) for i = 1 to `count`, fp64, with q
-    such that the last one lies at `radius`, or q = 1 if `radius` is not larger than `count`."""
-    low, high, powers = 1.0, 1.0 + radius, torch.arange(count, dtype=torch.float64)
-    for _ in range(60):  # bisection
-        q = (low + high) / 2
-        low, high = (low, q) if (q**powers).sum() > radius else (q, high)
-    places = (low**powers).cumsum(0)
-    return torch.cat([-places.flip(0), places.new_zeros(1), places])
-
-
-def spline_matrix(places, radius):
-    """What takes values at `places` (n,) to values at -radius ... radius, (2 * radius + 1, n): the cubic spline whose
-    third derivative does not jump next to its ends (a polynomial for n <= 4), constant beyond its ends."""
-    scale = max(1, radius)  # keeps the system well-conditioned
-
-    def basis(x):
-        powers = [(x / scale) ** k for k in range(min(4, len(places)))]
-        return torch.stack(powers + [((x - knot) / scale).clamp(min=0) ** 3 for knot in places[2:-2]], dim=1)
-
-    targets = torch.arange(-radius, radius + 1, dtype=torch.float64).clamp(places[0], places[-1])
-    return torch.linalg.solve(basis(places), basis(targets), left=False)
 
 
 def show(saved, where):

@@ -189,6 +189,27 @@ def test_no_crash_between_two_renames_loses_the_last_good_one(tmp_path, monkeypa
         assert checkpoint.read_newest(tmp_path / "a.pt")["step"] in (1, 2, 3)
 
 
+def test_files_that_belong_together_take_their_places_together(tmp_path, monkeypatch):
+    """If the second one cannot be written, the first one is as it was; a kill before that changes neither."""
+    names = [tmp_path / "last.pt", tmp_path / "encoder.pt"]
+    checkpoint.write_together({name: content(1) for name in names})
+    before, real = snapshot(tmp_path), checkpoint.write_temporary
+    for error in (OSError, KeyboardInterrupt):
+        def fails(path, temporary, content, error=error):
+            real(path, temporary, content)
+            if path.name == "encoder.pt":
+                raise error("no space left")
+
+        monkeypatch.setattr(checkpoint, "write_temporary", fails)
+        with pytest.raises(error):
+            checkpoint.write_together({name: content(2) for name in names})
+        left = snapshot(tmp_path)
+        assert {name: left[name] for name in before} == before and (error is KeyboardInterrupt or left == before)
+    monkeypatch.setattr(checkpoint, "write_temporary", real)
+    checkpoint.write_together({name: content(3) for name in names})
+    assert [checkpoint.read(name)["step"] for name in names] == [3, 3] and not list(tmp_path.glob("*.tmp"))
+
+
 def test_a_directory_that_is_read_only(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root writes everywhere")
