@@ -125,7 +125,7 @@ class FastMIM(nn.Module):
             self.project = nn.Linear(self.encoder.width, self.teacher.width)
             if self.teacher.out_stride != side:
                 raise ValueError(f"--teacher and --model need equal strides, not {self.teacher.out_stride}, {side}")
-        if cfg.init != "none" and not cfg.plan:
+        if cfg.init != "none" and not cfg.plan and not phases.goes_on(cfg):
             phases.start_from(self, cfg.init)
 
     def check(self, cfg, side):

@@ -87,18 +87,25 @@ def make_way(cfg, configs, model_class):
             path.unlink()
 
 
+def goes_on(cfg):
+    """Will the run find its weights in its own folder, so that it needs none to start from?"""
+    return cfg.resume and (Path(cfg.out) / "last.pt").exists()
+
+
 def one_by_one(main, cfg, runs, configs):
     """Run all phases, or plan them. A signal ends the command in the phase it comes in; --max_steps counts the steps of
     all of them."""
     left = cfg.max_steps
     for i, (words, own) in enumerate(zip(runs, configs, strict=True)):
+        ended = not cfg.plan and any(map(goes_on, configs[i + 1 :]))
         engine.say(f"phase {i + 1} of {len(runs)}: {own.img_size[0]}x{own.img_size[1]} px, {own.epochs:g} epochs, "
-                   f"batch {own.batch_size}")
+                   f"batch {own.batch_size}{', has ended' * ended}")
         if cfg.max_steps and not cfg.plan:
             if left <= 0:
                 return
             words, left = [*words, "--max_steps", str(left)], left - steps_of(own)
-        main(words)
+        if not ended:
+            main(words)
     if is_main() and not cfg.plan and left >= 0:
         with engine.user_errors():
             checkpoint.write(Path(cfg.out) / "encoder.pt", checkpoint.read(Path(configs[-1].out) / "encoder.pt"))

@@ -8,7 +8,9 @@ import torchvision
 
 import checkpoint
 import models
+import protocols
 import weights
+from transforms import mean_std
 
 
 def frozen_encoder(source, cfg):
@@ -21,8 +23,7 @@ def frozen_encoder(source, cfg):
             load_published(encoder, source.removeprefix("torchvision:"), cfg.download)
     else:
         saved = weights.read_encoder(source)
-        arch = saved["arch"]
-        encoder = models.build(arch["model"], cfg.img_size, arch["patch_size"], cfg.in_chans, **arch["options"])
+        encoder = protocols.rebuild(saved["arch"], img_size=cfg.img_size, in_chans=cfg.in_chans)
         if not cfg.plan:
             if hasattr(encoder, "norm") and "norm.weight" not in saved["model"]:  # fine-tuned: its head has the norm
                 encoder.norm = torch.nn.Identity()
@@ -32,12 +33,22 @@ def frozen_encoder(source, cfg):
 
 def load_published(encoder, name, download):
     """Copy torchvision's best weights of its model `name` into an encoder of backbones.py. They lie where torchvision
-    keeps what it has fetched; ValueError if they do not and `download` is not set."""
+    keeps what it has fetched; ValueError if they do not and `download` is not set, if what lies there is damaged or
+    hostile, or if they were trained on images that were normalised in another way than ours."""
     best = torchvision.models.get_model_weights(name).DEFAULT
+    as_ours = torch.allclose(torch.tensor(best.transforms().mean), mean_std(3)[0].view(3))
+    if name in ("googlenet", "inception_v3") or not as_ours:
+        raise ValueError(f"torchvision's weights of {name} take images that are normalised in another way")
     path = Path(torch.hub.get_dir()) / "checkpoints" / best.url.rsplit("/", 1)[1]
     if not path.exists() and not download:
         raise ValueError(f"torchvision's weights of {name} are not at {path}: --download fetches them")
-    tensors = best.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    if not path.exists():
+        best.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    checkpoint.read(path, foreign=True)  # torchvision, which knows the names in its older files, would execute anything
+    try:
+        tensors = torchvision.models.get_model(name, weights=best, progress=False).state_dict()
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not hold torchvision's weights of {name}: {str(error)[:200]}") from error
     of_vit = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding"}  # our names, torchvision's
     tensors = {k: tensors[of_vit.get(k, k.removeprefix("net."))] for k in encoder.state_dict()}
     if "pos_embed" in tensors:

@@ -1,6 +1,7 @@
 """fastmim.py: what is hidden, what the loss sees, the HOG target, whole runs, and that any backbone will do."""
 
 import math
+import re
 import types
 
 import numpy as np
@@ -13,6 +14,7 @@ import data
 import fastmim
 import figures
 import finetune
+import teachers
 import weights
 
 KINDS = {"vit": {"model": "vit_tiny", "patch_size": 16}, "vit 4 px": {"model": "vit_tiny", "patch_size": 4},
@@ -354,20 +356,58 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, said, tmp_path):
 
 
 def test_a_teacher_of_torchvision_has_the_weights_that_are_there(monkeypatch, tmp_path):
-    torch.manual_seed(3)
-    net, folder = torchvision.models.resnet18(), tmp_path / "checkpoints"
-    best = types.SimpleNamespace(url="https://of/resnet18.pth", get_state_dict=lambda **_: net.state_dict())
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: types.SimpleNamespace(DEFAULT=best))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(ValueError, match="--download fetches them"):
         build("swin", teacher="torchvision:resnet18")
-    folder.mkdir()
-    (folder / "resnet18.pth").touch()
+    net, path = torchvision.models.resnet18(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    path.parent.mkdir()
+    torch.save(net.state_dict(), path)
     model = build("swin", teacher="torchvision:resnet18")
     imgs, noise = batch(model)
     maps = torch.nn.Sequential(*list(net.eval().children())[:-2])(imgs)
     torch.testing.assert_close(model.teacher(imgs), maps.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
     assert model(imgs, noise).isfinite()
+
+
+def test_a_teacher_of_torchvision_may_have_the_names_of_its_older_files(monkeypatch, tmp_path):
+    """Such as denselayer1.norm.1 for what is now denselayer1.norm1."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    net, path = torchvision.models.densenet121(), tmp_path / "checkpoints" / "densenet121-a639ec97.pth"
+    path.parent.mkdir()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))([12])\.", r"\1.\2.", name): tensor
+           for name, tensor in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert "features.denseblock4.denselayer16.conv.2.weight" in old
+    torch.save(old, path)
+    encoder = teachers.frozen_encoder("torchvision:densenet121", types.SimpleNamespace(
+        img_size=(64, 64), in_chans=3, plan=False, download=False))
+    assert torch.equal(encoder.state_dict()["net.features.conv0.weight"], net.features.conv0.weight)
+    name = "features.denseblock4.denselayer16.conv2.weight"
+    assert torch.equal(encoder.state_dict()[f"net.{name}"], net.state_dict()[name])
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", {"no": torch.zeros(1)}, Hostile()])
+def test_a_teacher_of_torchvision_whose_file_is_damaged_is_one_line(content, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    path.parent.mkdir()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    done = run("damaged", model="swin_tiny", patch_size=0, window=2, teacher="torchvision:resnet18")
+    assert done.code == 2 and done.err.count("\n") == 1 and "resnet18-f37072fd.pth" in done.err
+    assert "executed" not in done.out and not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.parametrize("name", ["googlenet", "efficientnet_v2_l"])
+def test_a_teacher_of_torchvision_that_takes_other_pixels_is_refused(name):
+    with pytest.raises(ValueError, match="normalised in another way"):
+        teachers.load_published(None, name, download=False)
 
 
 def test_a_run_with_a_teacher_resumes_from_its_path(run, tmp_path):
@@ -459,9 +499,35 @@ def test_overwriting_phases_leaves_no_weights_of_later_ones(run, tmp_path):
     assert not list((tmp_path / "run" / FOLDERS[1]).glob("*.pt"))
 
 
+def test_phases_go_on_where_they_were_moved_to_and_without_those_that_ended(run, tmp_path):
+    """Of a phase that has ended, nothing is read again: not even its weights need be whole."""
+    assert run("one", **PHASES).code == 0
+    assert run("parts", **{**PHASES, "max_steps": 11}).code == 0
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    for path in (tmp_path / "moved" / FOLDERS[0]).glob("*last.pt"):
+        path.write_bytes(b"damaged")
+    done = run("moved", **PHASES, resume=True)
+    assert done.code == 0 and done.err == "" and "batch 4, has ended\n" in done.out, done.err
+    one, moved = (torch.load(tmp_path / out / FOLDERS[1] / "last.pt") for out in ("one", "moved"))
+    assert equal(one["model"], moved["model"]) and equal(one["optimizer"], moved["optimizer"])
+    assert equal(*(torch.load(tmp_path / out / "encoder.pt")["model"] for out in ("one", "moved")))
+
+
+def test_without_options_it_does_not_begin_the_recipe():
+    for script in ("fastmim.py", "lut.py"):
+        code, out, err = finish(start(script))
+        assert code == 2 and err.count("\n") == 1 and "days on many GPUs" in err and out == ""
+
+
+def test_a_network_that_cannot_be_planned_is_one_line(run):
+    done = run("run", model="torchvision:regnet_y_400mf", patch_size=0, img_size=64, plan=True)
+    assert done.code == 2 and "neither be planned" in done.err and done.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("changes,said", [
     ({"phase_epochs": "1"}, "one number for every phase"), ({"phase_sizes": "32,x"}, "--phase_sizes"),
     ({"phase_epochs": "1,many"}, "--epochs"), ({"phase_batches": "4,5"}, "--micro_batch 2 does not divide"),
+    ({"phase_sizes": "0,32"}, "no such images"), ({"lr_batch": 0}, "--lr_batch must be 1 or more"),
     ({"phase_sizes": "32,40"}, "40x40 must be divisible")], ids=lambda value: str(value)[:30])
 def test_phases_that_do_not_fit_are_refused_before_the_first(changes, said, run, tmp_path):
     done = run("run", **{**PHASES, **changes})

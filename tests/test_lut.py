@@ -453,3 +453,33 @@ def test_defaults_are_the_main_recipe():
     defaults, recipe = lut.Config(), ROOT / "configs" / "lut_vit_b.yaml"
     told = vars(options.configure(lut.Config, "", ["--config", str(recipe)]))
     assert {name for name, value in told.items() if value != getattr(defaults, name)} == {"workers"}
+
+
+GATHER = """
+import sys
+import torch
+import torch.distributed as dist
+from layers import everyones
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+rows = torch.arange(12.0).view(6, 2).sin().requires_grad_()  # (6, 2), three of each process
+loss = (everyones(rows[3 * rank : 3 * rank + 3])[0].square() * torch.arange(12.0).view(6, 2)).sum() * (rank + 1)
+loss.backward()
+torch.save((loss.detach(), rows.grad), f"{sys.argv[1]}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_what_is_gathered_sends_every_gradient_home(tmp_path):
+    """Each process has a loss of all rows; a row gets the gradients of both losses, in the process that it is from."""
+    (tmp_path / "driver.py").write_text(GATHER)
+    code, _, err = finish(start(*torchrun(2, tmp_path / "driver.py", tmp_path)))
+    assert code == 0, err
+    rows, weight = torch.arange(12.0).view(6, 2).sin(), torch.arange(12.0).view(6, 2)
+    for rank in (0, 1):
+        loss, grad = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(loss, (rows.square() * weight).sum() * (rank + 1))
+        own = slice(3 * rank, 3 * rank + 3)
+        torch.testing.assert_close(grad[own], (3 * 2 * rows * weight)[own])
+        assert not grad[:3].any() if rank else not grad[3:].any()
