@@ -1,25 +1,26 @@
-"""Every protocol of fine-tuning, measured at a scale that a laptop takes: the table in the README.
+"""Every protocol of fine-tuning on the encoder of every method, at a scale that a laptop takes: a table in the README.
 
     python measure.py --cifar10_mini DIR --seeds 0      writes results/protocols.json
 
-One encoder for each seed, mae.py on `shapes` without labels (2,500 steps, half the recipe of the demo), goes through
-every protocol with 500 labels of `shapes`, tested on 2,000 images, and with 500 labels of DIR (4,000 and 1,000 images
-of CIFAR-10 in train/CLASS/ and val/CLASS/), which it has never seen; all images at 64 px. Training is 120 steps of 32
-images in the recipe of the demo; linear heads, whose features are kept, have 1,500 steps, and the better of two rates
-of learning on the validation images of `shapes`. What has ended is not run again.
+For each seed one small ViT of every method, pre-trained on `shapes` without labels as in `demo.py --what learns` (1,250
+steps of 32 images), and one with random weights go through the protocols with 500 labels of `shapes`, tested on 2,000
+images, and with 500 labels of DIR (4,000 and 1,000 images of CIFAR-10 in train/CLASS/ and val/CLASS/), which none has
+seen; all images at 64 px. Training is 120 steps of 32 images in the recipe of the demo; linear heads, whose features
+are kept, have 1,500 steps, and the better of two rates of learning on the validation images of `shapes`. What has ended
+is not run again.
 """
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
-from demo import BUDGET, run
+from demo import BUDGET, LEARNS, SHORT, run, slug
 
-RANDOM = ["--init", "none", "--model", "vit_tiny", "--patch_size", 8]
+METHODS = ["MAE", "SimMIM", "UM-MAE", "FastMIM", "LUT", "random weights"]
 LINEAR = ["--mode", "linear", "--head_start", "random", "--shift", 0, "--epochs", 100, "--warmup_epochs", 10]
 PROTOCOLS = {  # name: words of its finetune.py, in the order of the table
     "k-NN": ["--mode", "knn"],
-    "k-NN, random encoder": ["--mode", "knn", *RANDOM],
     "linear, LARS": [*LINEAR, "--base_lr", 128],
     "linear, SGD": [*LINEAR, "--optimizer", "sgd", "--base_lr", 8],
     "half a block": ["--train_blocks", 0.5],
@@ -27,38 +28,43 @@ PROTOCOLS = {  # name: words of its finetune.py, in the order of the table
     "two blocks": ["--train_blocks", 2],
     "all": [],
     "all, after the other data": [],
+    "all, averaged": ["--ema", 0.95],
     "all, one block dropped": ["--drop_layers", 1],
     "all, two blocks dropped": ["--drop_layers", 2],
     "all, two dropped and two shuffled": ["--drop_layers", 2, "--shuffle_layers"],
-    "from scratch": RANDOM,
-    "from scratch, averaged": [*RANDOM, "--ema", 0.95],
 }
+OF_RANDOM = ["k-NN", "linear, LARS", "linear, SGD", "all", "all, averaged"]  # others are of what was learned
 
 
-def one_seed(sets, folder, seed):
-    """{data: {protocol: top-1 in per cent}} of one seed."""
-    run("mae.py", "--config", "configs/tiny.yaml", "--epochs", 4, "--warmup_epochs", 0.32, "--seed", seed,
-        out=folder / "mae", again="--resume")
-    results = {name: {} for name in sets}
-    for protocol in ["all", *PROTOCOLS]:  # first what another one starts from
+def one_method(sets, folder, method, seed):
+    """{data: {protocol: top-1 in per cent}} of the encoder of one method and seed."""
+    folder, results = folder / slug(method) / f"seed{seed}", {name: {} for name in sets}
+    start = ["--init", "none", "--model", "vit_tiny", "--patch_size", 8]
+    if method != "random weights":
+        script, *own = LEARNS[f"{method} ViT"].split()
+        run(script, *SHORT, *own, "--seed", seed, "--picture_epochs", 2, out=folder / "pre-trained", again="--resume")
+        start = ["--init", folder / "pre-trained" / "encoder.pt"]
+    for protocol in PROTOCOLS if method != "random weights" else OF_RANDOM:
         for name, data in sets.items():
-            other = next(other for other in sets if other != name)
-            init = folder / (f"{other}_all" if protocol.endswith("the other data") else "mae") / "encoder.pt"
-            out = folder / f"{name}_{protocol.replace(', ', '_').replace(' ', '_')}"
-            run("finetune.py", "--config", "configs/finetune_tiny.yaml", "--data", data, "--init", init, "--labels",
-                500, "--epochs", BUDGET[500], "--split", "test", "--seed", seed, *PROTOCOLS[protocol], out=out,
+            own = start
+            if protocol.endswith("the other data"):  # to which `all` was fine-tuned before
+                other = next(other for other in sets if other != name)
+                own = ["--init", folder / slug(f"{other} all") / "encoder.pt"]
+            out = folder / slug(f"{name} {protocol}")
+            run("finetune.py", "--config", "configs/finetune_tiny.yaml", "--data", data, *own, "--labels", 500,
+                "--epochs", BUDGET[500], "--split", "test", "--seed", seed, *PROTOCOLS[protocol], out=out,
                 again="--resume")
             results[name][protocol] = json.loads((out / "result.json").read_text())["top1"]
     return results
 
 
-def table(results):
-    """A markdown table of {seed: {data: {protocol: top-1}}}, mean over seeds."""
-    names = list(next(iter(results.values())))
-    lines = ["| protocol | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+def table(results, data):
+    """A markdown table of {method: {seed: {data: {protocol: top-1}}}} on one of the data sets, mean over seeds."""
+    lines = [f"| {data} | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
     for protocol in PROTOCOLS:
-        top1 = {name: [result[name][protocol] for result in results.values()] for name in names}
-        lines.append(f"| {protocol} | " + " | ".join(f"{sum(v) / len(v):.1f}" for v in top1.values()) + " |")
+        top1 = [[seed[data][protocol] for seed in seeds.values() if protocol in seed[data]]
+                for seeds in results.values()]
+        lines.append(f"| {protocol} | " + " | ".join(f"{statistics.mean(v):.1f}" if v else "" for v in top1) + " |")
     return "\n".join(lines)
 
 
@@ -68,11 +74,14 @@ def main():
     parser.add_argument("--seeds", default="0", help='such as "0 1 2"')
     parser.add_argument("--out", type=Path, default=Path("runs/protocols"))
     words = parser.parse_args()
-    sets = {"shapes": "shapes", "cifar10_mini": words.cifar10_mini}
-    results = {seed: one_seed(sets, words.out / f"seed{seed}", seed) for seed in map(int, words.seeds.split())}
-    record = {"words": {name: " ".join(map(str, own)) for name, own in PROTOCOLS.items()}, "results": results}
-    Path("results/protocols.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(table(results))
+    sets, path = {"shapes": "shapes", "cifar10_mini": words.cifar10_mini}, Path("results/protocols.json")
+    record = {"pretraining": {name: LEARNS.get(f"{name} ViT", "none") for name in METHODS}, "options": SHORT,
+              "words": {name: " ".join(map(str, own)) for name, own in PROTOCOLS.items()}, "results": {}}
+    for seed in map(int, words.seeds.split()):
+        for method in METHODS:
+            record["results"].setdefault(method, {})[str(seed)] = one_method(sets, words.out, method, seed)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    print("\n\n".join(table(record["results"], data) for data in sets))
 
 
 if __name__ == "__main__":
