@@ -32,7 +32,8 @@ def write(path, content):
 
 
 def write_together(contents):
-    """`write` of files of one folder, {path: content}: none takes its place before all of them lie there whole."""
+    """`write` of files of one folder, {path: content}: none takes its place before all of them lie there whole, and the
+    first one is the last to do so. A run goes on from that one, so a kill in between is made good by --resume."""
     paths = [Path(path) for path in contents]
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
     try:
@@ -44,7 +45,7 @@ def write_together(contents):
                 temporary.unlink()
         raise
     whole = [path.exists() and not how(path)[1](path) for path in paths]
-    for path, temporary, keep in zip(paths, temporaries, whole, strict=True):
+    for path, temporary, keep in reversed(list(zip(paths, temporaries, whole, strict=True))):
         if keep:  # a damaged file must not take the place of its whole predecessor
             os.replace(path, path.with_name("previous." + path.name))
         os.replace(temporary, path)

@@ -141,15 +141,18 @@ class GlobalBatches(torch.utils.data.Sampler):
     """Micro-batches of this process for the steps [start, stop): lists of (epoch, index, position in the global batch).
 
     A step is one global batch of `batch_size` images, the same for any number of processes; of every block of it, which
-    they hold at once, each has a slice.
+    they hold at once, each has a slice. Neighbours 2i and 2i + 1 are never parted if `unit` is 2.
     `start` and `stop` may be set until iteration begins; stop=None is one epoch. With drop_last=False the last batch of
-    an epoch is shorter (left out if shorter than `world`).
+    an epoch is shorter (left out if it has less than one unit for each process).
     """
 
-    def __init__(self, n, batch_size, micro_batch, seed, rank=0, world=1, start=0, stop=None, drop_last=True):
+    def __init__(self, n, batch_size, micro_batch, seed, rank=0, world=1, start=0, stop=None, drop_last=True, unit=1):
         self.n, self.batch_size, self.micro_batch, self.seed = n, batch_size, micro_batch, seed
-        self.rank, self.world = rank, world
-        self.steps_per_epoch = n // batch_size + (not drop_last and n % batch_size >= world)
+        self.rank, self.world, self.unit = rank, world, unit
+        self.steps_per_epoch = n // batch_size + (not drop_last and n % batch_size > unit * (world - 1))
+        if min(micro_batch, batch_size // world) % unit:
+            raise ValueError(f"mixup and cutmix mix pairs: with --batch_size {batch_size} and --micro_batch "
+                             f"{micro_batch}, each of {world} process(es) must hold an even number of images at once")
         if not self.steps_per_epoch:
             raise ValueError(f"{n} images make no batch of {batch_size}: lower --batch_size, or bring more images")
         self.start, self.stop = start, self.steps_per_epoch if stop is None else stop
@@ -161,28 +164,36 @@ class GlobalBatches(torch.utils.data.Sampler):
     def micro_batches(self, step):
         """How many micro-batches a step has: equal on all processes, also where one has an image more than another (so
         that, with micro_batch 1, one of a tail's may hold two)."""
-        return min(-(-self.size(step) // (self.world * self.micro_batch)), self.size(step) // self.world)
+        units = -(-self.size(step) // self.unit)
+        return min(-(-units // (self.world * max(1, self.micro_batch // self.unit))), units // self.world)
 
     def smallest(self):
         """The fewest images that any process holds at once."""
-        last = self.steps_per_epoch - 1
-        return min(self.size(step) // self.micro_batches(step) // self.world for step in (0, last))
+        return min(len(range(*self.slice(step, k, rank))) for step in (0, self.steps_per_epoch - 1)
+                   for k in range(self.micro_batches(step)) for rank in range(self.world))
+
+    def slice(self, step, k, rank):
+        """(first, behind the last) position of what a process holds in micro-batch k of a step: a slice of a block of
+        the global batch, which is the same however many processes share it."""
+        size, count = self.size(step), self.micro_batches(step)
+        units = -(-size // self.unit)
+        begin, end = (j * units // count for j in (k, k + 1))
+        return tuple(min(size, self.unit * (begin + r * (end - begin) // self.world)) for r in (rank, rank + 1))
 
     def __iter__(self):
         for epoch, steps in itertools.groupby(range(self.start, self.stop), lambda step: step // self.steps_per_epoch):
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", epoch)))
             for step in steps:
                 indices = order[step % self.steps_per_epoch * self.batch_size :][: self.size(step)].tolist()
-                count = self.micro_batches(step)
-                for k in range(count):  # what all processes hold at once is a block of the global batch, however many
-                    begin, end = (j * len(indices) // count for j in (k, k + 1))
-                    first, last = (begin + r * (end - begin) // self.world for r in (self.rank, self.rank + 1))
-                    yield [(epoch, indices[i], i) for i in range(first, last)]
+                for k in range(self.micro_batches(step)):
+                    yield [(epoch, indices[i], i) for i in range(*self.slice(step, k, self.rank))]
 
 
 def global_batches(n, cfg, run):
-    """The GlobalBatches of n images that the options and this process ask for."""
-    return GlobalBatches(n, cfg.batch_size, cfg.micro_batch, cfg.seed, run.rank, run.world, drop_last=cfg.drop_last)
+    """The GlobalBatches of n images that the options and this process ask for. Mixing needs pairs."""
+    unit = 2 if getattr(cfg, "mixup", 0) or getattr(cfg, "cutmix", 0) else 1
+    return GlobalBatches(n, cfg.batch_size, cfg.micro_batch, cfg.seed, run.rank, run.world, drop_last=cfg.drop_last,
+                         unit=unit)
 
 
 def in_order(n, micro_batch, rank=0, world=1):

@@ -133,9 +133,10 @@ def resolve(cfg):
     return weights.as_in_init(cfg)
 
 
-def build_dense(cfg, saved, classes):
-    """The model to train or, with --eval, to evaluate; its encoder is the one in `saved`, or has random weights.
-    ValueError, in one line, if `saved` does not fit, or holds no head for this task and these classes to evaluate."""
+def build_dense(cfg, saved, classes, load=True):
+    """The model to train or, with --eval, to evaluate; its encoder is the one in `saved`, or has random weights (always
+    without `load`). ValueError, in one line, if `saved` does not fit, or holds no head for this task and these classes
+    to evaluate."""
     task, width = TASKS[cfg.task](classes, cfg.max_depth), cfg.head_width
     if cfg.eval:
         head = saved["dense"] if isinstance(saved.get("dense"), dict) else {"task": "none at all"}
@@ -146,7 +147,7 @@ def build_dense(cfg, saved, classes):
         width = min(first.shape[:2])
     encoder = weights.encoder_for(cfg, saved, trains=not cfg.freeze)
     model = Dense(encoder, task, cfg.img_size, width, cfg.freeze)
-    if saved:
+    if saved and load:
         weights.load_encoder(encoder, saved, cfg.init, () if cfg.eval else model.export()["tensors"])
     if cfg.eval:
         tensors = {**tensors, **{f"encoder.{k}": v for k, v in encoder.state_dict().items()}}
@@ -173,7 +174,7 @@ def main(argv=None):
     with engine.user_errors():
         cfg, saved = resolve(cfg)
         if cfg.plan and not cfg.eval:
-            return engine.plan(cfg, lambda cfg: build_dense(cfg, None, [str(i) for i in range(150)]))
+            return engine.plan(cfg, lambda cfg: build_dense(cfg, saved, [str(i) for i in range(150)], load=False))
         val = dense_set(cfg, cfg.split)
         model = build_dense(cfg, saved, val.source.classes).to(run.device)
         if cfg.eval:

@@ -266,7 +266,7 @@ def save(cfg, run, done, model, optimizer, encoder=None, **more):
         encoder = {"arch": plain(encoder.arch), "model": encoder.state_dict()}
         last = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict()}
         with user_errors():
-            checkpoint.write_together({  # so that a kill between the two does not leave an encoder of long ago
+            checkpoint.write_together({
                 run.out / "last.pt": {**last, "step": done, "config": plain(fixed(cfg))},
                 run.out / "encoder.pt": {**encoder, "step": done, "method": type(model).__name__, **more}})
 

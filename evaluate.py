@@ -49,6 +49,15 @@ def batches_of(cfg, run, dataset):
         yield data.normalize(imgs), labels, indices
 
 
+def require_finite(run, odd, what):
+    """Exit with code 2, all processes alike, if one of them has met numbers that are not finite, `odd` of them."""
+    if run.world > 1:
+        dist.all_reduce(odd)
+    if odd:
+        engine.leave_group()
+        engine.fail(f"{what} are not finite: there is no score; try --precision fp32")
+
+
 @torch.no_grad()
 def extract(cfg, run, encoder, dataset, pool="mean"):
     """Features (n, D), fp32, and labels (n,) of a whole data set, in order, on every process; of a broken image, which
@@ -64,6 +73,7 @@ def extract(cfg, run, encoder, dataset, pool="mean"):
     if run.world > 1:
         for table in (features, labels):
             dist.all_reduce(table)
+    require_finite(run, (~features.isfinite()).sum(), "the encoder's features")
     there = labels > 0
     return features[there], labels[there] - 1  # (n, D), (n,)
 
@@ -117,40 +127,56 @@ def nearest(cfg, run, encoder, bank, dataset, pool="mean", k=20):
 # ---------------------------------------- Accuracy
 
 
+LARGEST = 1000  # classes that have a confusion matrix: that of 8,142 would take half a gigabyte, in every batch
+
+
+def places(K):
+    """How many pairs of true class and predicted class are told apart: all, or of too many classes right and wrong."""
+    return K * K if K <= LARGEST else 2 * K
+
+
 def count(scores, labels):
-    """Integers (K * K + 1,) of scores (B, K), labels (B,): the confusion matrix (true x predicted), then how often the
-    label is among the five best, of which one with the score -inf is none."""
+    """Integers (places(K) + 1,) of scores (B, K), labels (B,): the confusion matrix (true x predicted; beyond LARGEST
+    classes, true x (wrong, right)), then how often the label is among the five best, of which one with the score -inf
+    is none."""
     K = scores.shape[1]
     values, best = scores.topk(min(5, K), dim=1)  # 2 x (B, 5)
-    confusion = torch.bincount(labels * K + best[:, 0], minlength=K * K)
+    column = best[:, 0] if K <= LARGEST else (best[:, 0] == labels).long()  # (B,)
+    confusion = torch.bincount(labels * (places(K) // K) + column, minlength=places(K))
     hits = (best == labels[:, None]) & (values > -math.inf)  # (B, 5)
-    return torch.cat([confusion, hits.sum().view(1)])  # (K * K + 1,)
+    return torch.cat([confusion, hits.sum().view(1)])  # (places(K) + 1,)
 
 
 def summary(counts, classes):
     """What a result.json holds of counts: {top1, top5, mean_per_class in per cent, images, per_class in per cent,
-    confusion (true x predicted)}. A class without images has no accuracy and no part in the mean."""
-    K = len(classes)
-    confusion, n = counts[:-1].view(K, K).cpu(), int(counts[:-1].sum())  # (K, K)
-    rates = 100 * confusion.diag().double() / confusion.sum(dim=1)  # (K,), NaN for a class without images
+    confusion (true x predicted), unless there are more than LARGEST}. A class without images has no accuracy and no
+    part in the mean."""
+    K, n = len(classes), int(counts[:-1].sum())
+    confusion = counts[:-1].view(K, -1).cpu()  # (K, K), or (K, 2)
+    right = confusion.diag() if K <= LARGEST else confusion[:, 1]  # (K,)
+    rates = 100 * right.double() / confusion.sum(dim=1)  # (K,), NaN for a class without images
     per_class = [None if rate.isnan() else round(rate.item(), 2) for rate in rates]
-    return {"top1": 100 * int(confusion.trace()) / n, "top5": 100 * int(counts[-1]) / n,
-            "mean_per_class": rates.nanmean().item(), "images": n,
-            "per_class": dict(zip(classes, per_class, strict=True)), "confusion": confusion.tolist()}
+    result = {"top1": 100 * int(right.sum()) / n, "top5": 100 * int(counts[-1]) / n,
+              "mean_per_class": rates.nanmean().item(), "images": n,
+              "per_class": dict(zip(classes, per_class, strict=True))}
+    return result | ({"confusion": confusion.tolist()} if K <= LARGEST else {})
 
 
 @torch.no_grad()
 def accuracy(cfg, run, model, dataset):
-    """The `summary` of a classifier on a data set."""
+    """The `summary` of a classifier on a data set. Exits with code 2 if its outputs are not finite."""
     classes = dataset.source.classes
-    counts = torch.zeros(len(classes) ** 2 + 1, dtype=torch.int64, device=run.device)
+    counts = torch.zeros(places(len(classes)) + 1, dtype=torch.int64, device=run.device)
+    odd = torch.zeros((), dtype=torch.int64, device=run.device)
     ready(run, model)
     for imgs, labels, _ in batches_of(cfg, run, dataset):
         with engine.autocast(run):
             logits = model(imgs)  # (B, K)
+        odd += (~logits.isfinite()).sum()
         counts += count(logits, labels)
     if run.world > 1:
         dist.all_reduce(counts)
+    require_finite(run, odd, "the classifier's outputs")
     return summary(counts, classes)
 
 
@@ -189,7 +215,9 @@ def report(cfg, run, result, **about):
         for kind, top1 in result.get("corruptions", {}).items():
             print(f"{kind:>10} " + " ".join(f"{value:6.2f}" for value in top1) + f"   mean {sum(top1) / 5:.2f} %")
         (run.out / "result.json").write_text(json.dumps({**about, **result}, indent=1) + "\n")
-        if cfg.confusion:
+        if cfg.confusion and "confusion" not in result:
+            print(f"no picture of the confusion: there are more than {LARGEST} classes", flush=True)
+        elif cfg.confusion:
             figures.confusion(run.out / "pictures" / "confusion.png", result["confusion"], list(result["per_class"]))
 
 

@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from options import say
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # whatever a name says; EPS runs programs
 PIL_MODE = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -101,6 +103,7 @@ class Folder:
         if not root.is_dir():
             raise FileNotFoundError(f"--data {root}: no such folder (nor is it one of shapes, cifar10, cifar100)")
         if split == "test" and not (root / "test").is_dir():
+            say(f"{root} has no test/: its val/ is taken")
             split = "val"
         if labelled and not ((root / "train").is_dir() and (root / split).is_dir()):
             there = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"

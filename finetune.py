@@ -148,8 +148,6 @@ def resolve(cfg):
     in one line, if it is no encoder or another one than the options ask for."""
     one_of(cfg, mode="finetune linear knn", head_start="random probe", split="val test",
            optimizer="auto adamw lars sgd")
-    if cfg.micro_batch % 2 and (cfg.mixup or cfg.cutmix) and not judges(cfg):
-        raise ValueError(f"mixup and cutmix mix pairs: --micro_batch {cfg.micro_batch} must be even")
     if cfg.mode == "linear" and (cfg.mixup or cfg.cutmix):
         raise ValueError("--mixup and --cutmix are of --mode finetune, and must be 0 in linear")
     names = {cfg.init, cfg.checkpoint or cfg.init} - {"none"}
@@ -200,8 +198,12 @@ def build_classifier(cfg, saved, classes, load=True):
     if cfg.mode == "knn" or bare:
         auto = "layer" if bare else "none"
     head_norm = head["head_norm"] if judged else auto if cfg.head_norm == "auto" else cfg.head_norm
-    if judged and pool != head["pool"]:
-        raise ValueError(f"--pool {pool}, but the classifier in {cfg.init} pools by {head['pool']}")
+    if judged and (pool != head["pool"] or cfg.head_norm not in ("auto", head_norm)):
+        raise ValueError(f"--pool {pool} --head_norm {cfg.head_norm}, but the classifier in {cfg.init} pools by "
+                         f"{head['pool']} and has the norm {head_norm}")
+    if bare and head_norm != "layer":
+        raise ValueError(f"--head_norm {head_norm}, but the last norm of the encoder in {cfg.init} went into a head: "
+                         "layer, or auto, starts another one")
     make = lambda: Classifier(build_encoder(cfg, saved), len(classes), pool, head_norm)  # noqa: E731
     model = make()
     if saved and load:
@@ -222,7 +224,8 @@ def load_weights(cfg, model, saved, classes):
     it for the same classes, so that fine-tuning goes on; for others the norm, which was trained with the encoder."""
     head, parts = saved.get("classifier"), []
     if head and (head["pool"], head["head_norm"]) == (model.pool, model.head_norm) and not cfg.drop_layers:
-        goes_on = cfg.eval or cfg.predict or (cfg.mode == "finetune" and head["classes"] == classes)
+        same = cfg.mode == "finetune" and cfg.head_start == "random" and head["classes"] == classes
+        goes_on = cfg.eval or cfg.predict or same
         parts = ["fc_norm", "head"] if goes_on else ["fc_norm"]
         saved = {name: value for name, value in saved.items() if name != "classifier"}
         saved["notes"] = [*saved.get("notes", []), f"kept of its classifier: {', '.join(parts)}"]

@@ -101,6 +101,7 @@ def accuracy(cfg, run, model, dataset):
     """{the scores of the task, images} of a model on a data set, every image once, whatever the number of processes;
     exits with code 2 if not a single pixel is labelled."""
     tally = torch.zeros(model.task.counts + 1, dtype=torch.float64, device=run.device)  # the last one counts images
+    odd = torch.zeros((), dtype=torch.int64, device=run.device)
     evaluate.ready(run, model)
     chunks = data.in_order(len(dataset), cfg.micro_batch, run.rank, run.world)
     for (imgs, labels), _, _ in data.loader(dataset, chunks, cfg.workers):
@@ -108,8 +109,10 @@ def accuracy(cfg, run, model, dataset):
             output = model(data.normalize(imgs.to(run.device)))  # (B, K, H, W)
         tally[:-1] += model.task.tally(model.task.predict(output.float()), labels.to(run.device))
         tally[-1] += len(imgs)
+        odd += (~output.isfinite()).sum()
     if run.world > 1:
         dist.all_reduce(tally)
+    evaluate.require_finite(run, odd, "the outputs")
     if not tally[:-1].sum():
         raise ValueError(f"not a single pixel of {len(dataset)} labels is known")
     return {**model.task.scores(tally[:-1]), "images": int(tally[-1])}

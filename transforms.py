@@ -154,6 +154,8 @@ def augmentation(o):
         # its strength (rotation by 27 degrees); 9 of torchvision's 31 would be a third of it.
         fill = (mean_std(o["in_chans"])[0] * 255).round().flatten().tolist()
         steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, interpolation=BILINEAR, fill=fill))
+    if o["color_jitter"] and o["in_chans"] not in (1, 3):
+        raise ValueError(f"--color_jitter knows grey and RGB, not --in_chans {o['in_chans']}")
     if o["color_jitter"]:
         steps.append(v2.ColorJitter(*[o["color_jitter"]] * 3))  # brightness, contrast, saturation
     if o["random_erasing"]:

@@ -10,6 +10,7 @@ after fine-tuning. What other code saved comes in the same form: layouts.py know
 
 import argparse
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def read_encoder(path, size=(0, 0)):
         saved = layouts.foreign(saved, path, size)
         saved["notes"] += ["a file this old has no checksums"] * old
         return saved
+    if any(size):
+        raise ValueError(f"--init_size is of weights that do not tell their size themselves, as {path} does")
     saved.pop("notes", None)  # of this load alone, not of the file
     try:
         fits = is_encoder(saved)
@@ -54,19 +57,20 @@ def read_encoder(path, size=(0, 0)):
 
 def is_encoder(saved):
     """Is `saved` what this project writes as encoder.pt, so that what is built of its `arch` is no larger than what the
-    file holds? ValueError, or an error of its kind, for nonsense."""
+    file holds, or than a network of torchvision is? ValueError, or an error of its kind, for nonsense."""
     arch, tensors, head = saved["arch"], saved["model"], saved.get("classifier")
     sizes, options = [*arch["img_size"], arch["patch_size"], arch["in_chans"]], arch["options"]
+    json.dumps([arch, saved.get("method"), saved.get("step")])  # TypeError unless plain data
     if not (checkpoint.all_ordinary(tensors) and all(name in arch for name in ("width", "depth", "num_heads"))
             and len(sizes) == 4 and all(type(n) is int and 0 < n <= 2**16 for n in sizes)
             and all(isinstance(options[name], OPTIONS.get(name, ())) for name in options)
             and all(type(n) is int for n in options.get("reduction", []))):
         return False
-    if head is not None and not (
+    if "classifier" in saved and not (
             checkpoint.all_ordinary(head["tensors"]) and isinstance(head["classes"], list)
             and all(type(name) is str for name in head["classes"])
             and len(head["tensors"]["head.weight"]) == len(head["classes"])
-            and {head["pool"], head["head_norm"]} <= {"mean", "cls", "layer", "batch", "none"}):
+            and head["pool"] in ("mean", "cls") and head["head_norm"] in ("layer", "batch", "none")):
         return False
     if arch["model"].startswith("torchvision:"):  # what builds it computes a map of one image
         return arch["in_chans"] <= 2**12 and math.prod(arch["img_size"]) <= 2**26

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import shutil
+import types
 
+import numpy
 import pytest
 import torch
-from conftest import finish, flags, snapshot, start, torchrun
+from conftest import equal, finish, flags, snapshot, start, torchrun
 from PIL import Image
 from test_protocols import STILL, one_line, pretrained, tune  # noqa: F401
 from test_travel import VIT, classifier, exported, saved_of, stirred
@@ -23,6 +25,7 @@ import options
 import protocols
 import tensorfile
 import transforms
+import um_mae
 import weights
 
 DENSE = flags(data="shapes", task="depth", model=None, img_size=16, batch_size=4, micro_batch=4, epochs=1, labels=10,
@@ -98,6 +101,11 @@ def test_a_map_of_one_place_needs_two_images_too(tune):  # noqa: F811
     assert tune(**{**words, "img_size": 64}, micro_batch=1).code == 0
 
 
+def test_a_map_of_one_place_needs_two_images_in_dense_too(densely):
+    net = ["--model", "torchvision:resnet18", "--init", "none", "--img_size", 32, "--batch_size", 1, "--micro_batch", 1]
+    one_line(densely(*net), "BatchNorm needs two")
+
+
 # Averages, votes, halves
 
 
@@ -111,12 +119,13 @@ def test_the_average_begins_where_the_probe_ends(tune, tmp_path):  # noqa: F811
 
 
 def test_a_class_without_votes_is_not_among_the_five_best(monkeypatch):
-    features = {"bank": (torch.eye(8)[:3], torch.tensor([0, 0, 7])), "val": (torch.eye(8)[:2], torch.tensor([0, 1]))}
+    """Wherever ties are broken: of eight images of each class, the neighbours are of two classes alone."""
+    features = {"bank": (torch.eye(8)[:3], torch.tensor([0, 0, 7])), "val": (torch.eye(8), torch.arange(8))}
     monkeypatch.setattr(evaluate, "extract", lambda cfg, run, encoder, part, pool: features[part.name])
     source = type("Source", (), {"classes": list("abcdefgh")})
-    bank, val = (type("Part", (), {"name": name, "source": source, "__len__": lambda self: 2})() for name in features)
+    bank, val = (type("Part", (), {"name": name, "source": source})() for name in features)
     result = evaluate.nearest(None, None, None, bank, val, k=3)
-    assert result["top1"] == result["top5"] == 50  # of the second image no neighbour has the class
+    assert result["top5"] == 100 * 2 / 8
 
 
 @pytest.mark.parametrize("model,behind,frozen", [
@@ -222,12 +231,120 @@ def test_predict_says_what_is_wrong_with_an_image_or_a_classifier(tune, call, tm
     saved = torch.load(tmp_path / "run" / "encoder.pt")
     saved["classifier"]["tensors"]["head.weight"].fill_(3e38)
     torch.save(saved, tmp_path / "huge.pt")
+    done = tune(**{**words, "init": tmp_path / "huge.pt", "eval": "true", "out": tmp_path / "judged"})
+    one_line(done, "outputs are not finite")
+    assert not (tmp_path / "judged" / "result.json").exists()
     image = folder / "val" / "ant" / "0.png"
     one_line(call(finetune.main, ["--predict", image, "--init", tmp_path / "huge.pt"]), "0.png", "not finite")
     six = saved_of(classifier(models.build("vit_tiny", (16, 16), 4, 6)))
     torch.save(six, tmp_path / "six.pt")
     done = call(finetune.main, ["--predict", image, "--init", tmp_path / "six.pt"])
     one_line(done, "0.png", "--in_chans is 6", ".npy")
+
+
+def test_a_split_that_is_not_there_is_said(tune):  # noqa: F811
+    done = tune(split="test", mode="knn")
+    assert done.code == 0 and "has no test/: its val/ is taken" in done.out
+
+
+def test_what_an_evaluation_would_ignore_is_refused(tune, call, tmp_path):  # noqa: F811
+    assert tune(max_steps=1).code == 0
+    judged = {"init": tmp_path / "run" / "encoder.pt", "eval": "true", "out": tmp_path / "check"}
+    for changes in ({"head_norm": "batch"}, {"head_norm": "bogus"}):
+        one_line(tune(**judged, **changes), f"--head_norm {changes['head_norm']}", "norm layer")
+    one_line(tune(**judged, init_size=32), "--init_size")
+    one_line(call(weights.main, ["show", judged["init"], "--init_size=-5"]), "--init_size")
+    words = {"init": judged["init"], "mode": "linear", "head_norm": "batch", "out": tmp_path / "linear"}
+    one_line(tune(**words), "--head_norm batch", "went into a head")
+
+
+def test_color_jitter_of_other_channels_is_refused_before_the_folder_is_claimed(tune, tmp_path, folder):  # noqa: F811
+    for split in ("train", "val"):
+        for path in (folder / split).glob("*/*.png"):
+            to = tmp_path / "six" / path.relative_to(folder).with_suffix(".npy")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            numpy.save(to, numpy.zeros((16, 16, 6), numpy.uint8))
+    words = {"init": "none", "model": "vit_tiny", "patch_size": 4, "data": tmp_path / "six", "in_chans": 6}
+    one_line(tune(**words, rand_augment="false", color_jitter=0.4), "--color_jitter", "--in_chans 6")
+    assert not (tmp_path / "run").exists()
+
+
+def test_many_classes_need_no_confusion_matrix(monkeypatch):
+    """Beyond LARGEST classes the numbers are the same, but for the matrix."""
+    scores, labels = torch.randn(300, 12, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 11
+    few = evaluate.summary(evaluate.count(scores, labels), list("abcdefghijkl"))
+    monkeypatch.setattr(evaluate, "LARGEST", 11)
+    many = evaluate.summary(evaluate.count(scores, labels), list("abcdefghijkl"))
+    assert few.pop("confusion") and few == many
+    assert len(evaluate.count(torch.randn(4, 8142), torch.arange(4))) == 2 * 8142 + 1
+
+
+@pytest.mark.parametrize("world,micro,size,fits", [(1, 10, 10, True), (2, 10, 10, False), (2, 4, 16, True),
+                                                   (1, 5, 10, False)])
+def test_pairs_are_never_parted(world, micro, size, fits):
+    """Or else an image would have one partner in one process, and another one in two; 29 images leave a short batch."""
+    cfg = finetune.Config(batch_size=size, micro_batch=micro, drop_last=False)
+    run = lambda rank: types.SimpleNamespace(rank=rank, world=world)  # noqa: E731
+    if not fits:
+        with pytest.raises(ValueError, match="mix pairs"):
+            data.global_batches(29, cfg, run(0))
+        return
+    held = [list(data.global_batches(29, cfg, run(rank))) for rank in range(world)]
+    for lists in held:
+        for batch in lists:
+            positions = [position for _, _, position in batch]
+            assert positions[0] % 2 == 0 and positions == list(range(positions[0], positions[-1] + 1))
+            assert positions[-1] % 2 == 1 or positions[-1] == 28 % size or len(batch) == 0
+    assert len({len(lists) for lists in held}) == 1
+    assert sorted(i for lists in held for batch in lists for _, i, _ in batch) == list(range(29))
+
+
+KILLED = """
+import os, sys
+import finetune
+real, left = os.replace, [int(sys.argv[1])]
+def replace(old, new):
+    left[0] -= 1
+    if left[0] < 0:
+        os._exit(9)
+    real(old, new)
+os.replace = replace
+finetune.main(sys.argv[2:])
+"""
+
+
+def test_a_kill_between_any_two_renames_is_made_good_by_resume(tune, tuned, pretrained, tmp_path):  # noqa: F811
+    """Two saves: at the stop after two steps, two renames, and, of a resumed run, four at its end."""
+    assert tune(max_steps=4).code == 0
+    (tmp_path / "driver.py").write_text(KILLED)
+    for survived in range(4):
+        out = tmp_path / str(survived)
+        assert tune(max_steps=2, out=out).code == 0
+        words = dict(init=pretrained["mae"], model=None, patch_size=None, max_steps=4, resume="true", out=out)
+        code, _, err = finish(start(tmp_path / "driver.py", survived, *tuned(**words)))
+        assert code == 9, err
+        assert tune(max_steps=4, resume="true", out=out).code == 0
+        for name in ("encoder.pt", "last.pt"):
+            assert equal(torch.load(out / name), torch.load(tmp_path / "run" / name)), (survived, name)
+
+
+def test_a_head_that_starts_with_a_probe_is_not_said_to_be_kept(tune, tmp_path):  # noqa: F811
+    assert tune(max_steps=6, base_lr=0.3).code == 0
+    words = {"init": tmp_path / "run" / "encoder.pt", "max_steps": 1}
+    done = tune(**words, head_start="probe", out=tmp_path / "probed")
+    assert "kept of its classifier: fc_norm\n  newly initialised: head.weight, head.bias" in done.out
+    assert "kept of its classifier: fc_norm, head\n" in tune(**words, out=tmp_path / "on").out
+
+
+def test_dense_plans_the_network_that_it_trains(densely, pretrained, call, tmp_path):  # noqa: F811
+    out = tmp_path / "um"
+    words = flags(data="shapes", model="swin_tiny", img_size=64, window=8, max_steps=1, batch_size=4, micro_batch=4,
+                  device="cpu", out=out, decoder_width=32, decoder_heads=2, decoder_depth=1)
+    assert call(um_mae.main, words).code == 0
+    cfg, saved = dense.resolve(dense.Config(init=str(out / "encoder.pt"), img_size=(64, 64), head_width=16))
+    there, planned = (dense.build_dense(cfg, saved, list("abc"), load) for load in (True, False))
+    assert {k: v.shape for k, v in there.state_dict().items()} == {k: v.shape for k, v in planned.state_dict().items()}
+    assert densely("--init", out / "encoder.pt", "--plan", "--img_size", 64).code == 0
 
 
 # What a load says
@@ -338,6 +455,10 @@ LIES = {  # path of keys in an encoder.pt: what stands there instead
     "no tensor": (("model", "norm.weight"), [1.0]), "no tensors": (("model",), {}), "notes": (("notes",), 5),
     "huge image": (("arch", "img_size"), [65536, 65536]), "image": (("arch", "img_size"), [32]),
     "side": (("arch", "img_size"), [32, True]), "huge patch": (("arch", "patch_size"), 32768),
+    "huge network": (("arch",), {"model": "torchvision:resnet18", "img_size": [65536, 65536], "patch_size": 1,
+                                 "in_chans": 3, "width": 1, "depth": 1, "num_heads": [], "options": {}}),
+    "no classifier": (("classifier",), None), "norm for a pool": (("classifier", "pool"), "layer"),
+    "tensor for a step": (("step",), torch.ones(2)), "tensor in arch": (("arch", "width"), torch.ones(2)),
     "channels": (("arch", "in_chans"), 65536), "model": (("arch", "model"), "vit_h"),
     "models": (("arch", "model"), ["a"]),
     "unknown": (("arch", "model"), "torchvision:nothing"), "width": (("arch", "width"), None),
