@@ -152,7 +152,7 @@ def read_flags(words, lists=()):
             value = [] if value is True else [value]
             while words and not words[0].startswith("--"):
                 value.append(words.pop(0))
-            if not any(value):
+            if not value:
                 fail(f"--{key} takes one or more words behind it")
         if key == "config":
             files.append(value)

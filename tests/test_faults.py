@@ -65,7 +65,7 @@ def test_an_evaluation_that_cannot_begin_leaves_the_one_before(tune, tmp_path, f
     assert tune(mode="knn", neighbours=3, overwrite="true").code == 0
 
 
-@pytest.mark.parametrize("words", [["--predict"], ["--predict="], ["--predict", "--epochs", "3"]], ids=repr)
+@pytest.mark.parametrize("words", [["--predict"], ["--predict", "--epochs", "3"]], ids=repr)
 def test_predict_without_a_file_does_not_train(call, words):
     one_line(call(finetune.main, words), "--predict takes one or more words")
 
