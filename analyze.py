@@ -52,6 +52,9 @@ def resize(imgs, side):
 def hog_stability(args):
     """Three ways to change an image: give it in another size, and bring its targets to the same grid; give it in
     another size and back, so that only detail is lost; add normal noise, of so many of 255 levels."""
+    if args.size % 16 or args.size < 48 or args.images < 1:
+        raise ValueError(f"--size takes a multiple of 16 from 48 on, and --images 1 or more, not {args.size} and "
+                         f"{args.images}")
     full = args.size
     sizes = [side for side in range(full * 3 // 7 // 16 * 16, full, 16)]  # from 96 for 224
     source = data.open_source(args.data, "train", 3, False, "data", False)

@@ -28,7 +28,6 @@ import checkpoint
 import data
 import engine
 import figures
-import protocols
 import weights
 from dense_data import dense_set
 from tasks import TASKS, accuracy, pictures
@@ -184,7 +183,6 @@ def main(argv=None):
             return engine.leave_group()
         dataset = dense_set(cfg, "train")
         sampler = data.global_batches(len(dataset), cfg, run)
-        protocols.require_two(model, sampler)
     groups = engine.parameter_groups(model, cfg.weight_decay, lambda name: cfg.layer_decay ** model.depth_below(name))
     optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
     steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)

@@ -109,6 +109,15 @@ def start(cfg):
                                  out=Path(cfg.out), signal=0)
 
 
+def require_two(model, sampler):
+    """ValueError if BatchNorm, of a head or behind a map of one place, were to find the spread of a single number."""
+    one_place = model.encoder.arch["img_size"] == [model.encoder.out_stride] * 2
+    kinds = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d) if one_place else (torch.nn.BatchNorm1d,)
+    if sampler.smallest() < 2 and any(type(m) in kinds and m.training for m in model.train().modules()):
+        raise ValueError("BatchNorm needs two images at once, and some process would hold one: a --micro_batch of 2 or "
+                         "more, a larger --batch_size, or --drop_last true")
+
+
 def open_run(cfg, run, model, optimizer, sampler, steps, **about):
     """Claim --out, load the checkpoint if --resume finds one, set up signals, log and progress bar.
 
@@ -116,6 +125,7 @@ def open_run(cfg, run, model, optimizer, sampler, steps, **about):
     Exits with code 2 and leaves --out alone if it is used or not writable, or if the checkpoint does not fit.
     """
     with user_errors():
+        require_two(model, sampler)
         saved = checkpoint.read_newest(run.out / "last.pt") if cfg.resume else None
         if saved is not None:
             checkpoint.require_run(saved, run.out / "last.pt")
@@ -272,14 +282,18 @@ def save(cfg, run, done, model, optimizer, encoder=None, **more):
 
 
 def finish(run, done):
-    """Leave the process group; after a signal, say how to go on and exit with the code that shells expect, 128 + it."""
+    """Leave the process group; after a signal, say how to go on and exit with the code that shells expect, 128 + it.
+    Returns one that came too late, in the last step, or 0."""
     run.bar.close()
     for number, handler in run.handlers.items():
         signal.signal(number, handler)
-    if dist.is_initialized():
-        dist.barrier()  # the main process may still be writing what another one goes on to read
+    if dist.is_initialized():  # which waits, too, for the main process to write what another one may go on to read
+        told = torch.tensor(run.signal, device=run.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        run.signal = int(told)
     leave_group()
     if done < run.last:
         if run.main:
             print(f"stopped after step {done} of {run.last} and saved; add --resume to go on", flush=True)
         raise SystemExit(128 + (run.signal or signal.SIGTERM))
+    return run.signal

@@ -36,7 +36,7 @@ class Config(engine.RunConfig):
     model: str = "vit_b"  # a ViT, swin_{tiny,t,b,l}, pvt_{tiny,s}, pvtv2_{tiny,b2,b5}, torchvision:NAME
     patch_size: int = 0  # pixels; 0 is 16 for a ViT and 4 for a pyramid
     window: int = 4  # side of Swin's windows in tokens
-    mask_unit: int = 0  # pixels; what is hidden are squares of this side; 0 is the stride of the encoder's output
+    mask_unit: int = 0  # pixels, side of what is hidden; 0 is the stride of the last map, which is kept in any case
     mask_ratio: float = 0.75  # share of units that is hidden, in [0, 1); what is left is rounded down
     target: str = "hog"  # hog, pixels, norm_pixels (each token's pixels to mean 0, std 1)
     decoder_depth: int = 1  # blocks; 0 for a linear layer instead of a decoder
@@ -45,8 +45,8 @@ class Config(engine.RunConfig):
     teacher: str = "none"  # distillation: encoder.pt of a trained encoder, or torchvision:NAME with its weights
     teacher_weight: float = 1.0  # of the distillation loss beside that of the target
     init: str = "none"  # last.pt of an earlier run, of another image size maybe, whose weights to start from
-    phase_sizes: str = "none"  # FastMIM-P: image size of every phase, such as 128,160,192; see phases.py
-    phase_epochs: str = "none"  # passes over the images in every phase, such as 200,100,100
+    phase_sizes: str = "none"  # FastMIM-P: img_size of every phase, such as 128,160,192; see phases.py
+    phase_epochs: str = "none"  # epochs of every phase, such as 200,100,100
     phase_batches: str = "none"  # batch_size of every phase; none for the same in all
     img_size: engine.Size = (128, 128)  # height x width in pixels
     in_chans: int = 3  # image channels
@@ -135,7 +135,7 @@ class FastMIM(nn.Module):
             raise ValueError("--mask_ratio must lie in [0, 1) and --target be hog, pixels or norm_pixels, not "
                              f"{cfg.mask_ratio} and {cfg.target}")
         if cfg.target == "hog" and side < 2:
-            raise ValueError("--target hog needs tokens of 2 px or more; pixels and norm_pixels take any")
+            raise ValueError("--target hog needs tokens of 2 px or more; pixels and norm_pixels take any of two values")
         if unit < 1 or unit % part or (unit % side and side % unit):
             raise ValueError(f"--mask_unit {unit} must be a multiple of {part} that divides {side}, the stride of "
                              f"{cfg.model}, or a multiple of {side}")
@@ -259,12 +259,12 @@ def main(argv=None):
         sampler = data.global_batches(len(dataset), cfg, run)
         probe_sets = evaluate.probe_sets(cfg)
         sample = data.normalize(data.sample(dataset, 64).to(run.device))  # (64, C, H, W)
-    sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
+        sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
+        trivial = {"loss_of_trivial_predictors": model.prepare(sample, sample_noise)}
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, cfg.weight_decay), betas=cfg.betas, fused=True)
     steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
     peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
-    first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak,
-                            loss_of_trivial_predictors=model.prepare(sample, sample_noise))
+    first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak, **trivial)
     net = engine.distribute(cfg, run, model)
     batches = engine.timed(run, data.loader(dataset, sampler, cfg.workers, pin=run.device.type == "cuda"))
 
@@ -303,7 +303,7 @@ def main(argv=None):
             break
         if probe_sets and engine.due(run, step, cfg.probe_epochs * sampler.steps_per_epoch):
             evaluate.probe(cfg, run, step, model.encoder, probe_sets)
-    engine.finish(run, step + 1 if run.last > first else first)
+    return engine.finish(run, step + 1 if run.last > first else first)
 
 
 if __name__ == "__main__":

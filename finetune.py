@@ -270,7 +270,6 @@ def main(argv=None):
             return evaluate.alone(cfg, run, model, val)
         dataset = data.labelled_set(cfg, "train")
         sampler = data.global_batches(len(dataset), cfg, run)
-        protocols.require_two(model, sampler)
     optimizer = build_optimizer(cfg, model)
     steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
     peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)

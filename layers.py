@@ -101,7 +101,10 @@ def unpatchify(patches, p, grid):
 
 
 def patch_statistics(patches):
-    """Mean and std of every patch over all its values, each (B, N, 1); variance unbiased, as in MAE's released code."""
+    """Mean and std of every patch over all its values, each (B, N, 1); variance unbiased, as in MAE's released code.
+    ValueError if a patch has but one value."""
+    if patches.shape[2] < 2:
+        raise ValueError("--target norm_pixels: a patch of one value has no spread; pixels takes any")
     return patches.mean(dim=2, keepdim=True), (patches.var(dim=2, keepdim=True) + 1e-6).sqrt()
 
 

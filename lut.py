@@ -265,12 +265,12 @@ def main(argv=None):
         sampler = data.global_batches(len(dataset), cfg, run)
         probe_sets = evaluate.probe_sets(cfg)
         sample = data.normalize(data.sample(dataset, 64).to(run.device))  # (64, C, H, W)
-    sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
+        sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
+        trivial = {"loss_of_trivial_predictors": model.prepare(sample, sample_noise)}
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, cfg.weight_decay), betas=cfg.betas, fused=True)
     steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
     peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
-    first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak,
-                            loss_of_trivial_predictors=model.prepare(sample, sample_noise))
+    first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak, **trivial)
     net = engine.distribute(cfg, run, model)
     batches = engine.timed(run, data.loader(dataset, sampler, cfg.workers, pin=run.device.type == "cuda"))
 
@@ -311,7 +311,7 @@ def main(argv=None):
             break
         if probe_sets and engine.due(run, step, cfg.probe_epochs * sampler.steps_per_epoch):
             evaluate.probe(cfg, run, step, model.encoder, probe_sets)
-    engine.finish(run, step + 1 if run.last > first else first)
+    return engine.finish(run, step + 1 if run.last > first else first)
 
 
 if __name__ == "__main__":

@@ -37,13 +37,15 @@ def in_phases(config_class, model_class, doc):
             with engine.user_errors():
                 runs = [[*words, *own] for own in phases_of(cfg)]
             configs = [engine.configure(config_class, doc, own) for own in runs]
-            with engine.user_errors(), torch.device("meta"):  # what does not fit is said before the first one begins
-                for own in configs:
-                    engine.check(own, int(os.environ.get("WORLD_SIZE", 1)))
-                    model_class(dataclasses.replace(own, init="none", teacher="none"))
+            with engine.user_errors():  # what does not fit is said before the first one begins
+                with torch.device("meta"):
+                    for own in configs:
+                        engine.check(own, int(os.environ.get("WORLD_SIZE", 1)))
+                        model_class(dataclasses.replace(own, init="none", teacher="none"))
+                steps = [] if cfg.plan else steps_of(configs)
                 if cfg.overwrite and not cfg.resume and not cfg.plan:
                     make_way(cfg, configs, model_class)
-            one_by_one(main, cfg, runs, configs)
+            one_by_one(main, cfg, runs, configs, steps)
         return run
     return decorate
 
@@ -79,9 +81,7 @@ def phases_of(cfg):
 def make_way(cfg, configs, model_class):
     """Remove what later phases and the whole left in --out: a later --resume must not find what is replaced. Nothing is
     removed if the first phase cannot begin: ValueError or OSError, in one line."""
-    data.pretrain_set(configs[0])
-    with torch.device("cpu"):
-        model_class(configs[0])
+    model_class(configs[0])
     if is_main():
         for path in [path for own in [cfg, *configs[1:]] for path in Path(own.out).glob("*.pt")]:
             path.unlink()
@@ -92,9 +92,9 @@ def goes_on(cfg):
     return cfg.resume and (Path(cfg.out) / "last.pt").exists()
 
 
-def one_by_one(main, cfg, runs, configs):
-    """Run all phases, or plan them. A signal ends the command in the phase it comes in; --max_steps counts the steps of
-    all of them."""
+def one_by_one(main, cfg, runs, configs, steps):
+    """Run all phases, or plan them. A signal ends the command in the phase it comes in, or behind it if that was in its
+    last step; --max_steps counts the `steps` of all of them."""
     left = cfg.max_steps
     for i, (words, own) in enumerate(zip(runs, configs, strict=True)):
         ended = not cfg.plan and any(map(goes_on, configs[i + 1 :]))
@@ -103,19 +103,24 @@ def one_by_one(main, cfg, runs, configs):
         if cfg.max_steps and not cfg.plan:
             if left <= 0:
                 return
-            words, left = [*words, "--max_steps", str(left)], left - steps_of(own)
-        if not ended:
-            main(words)
+            words, left = [*words, "--max_steps", str(left)], left - steps[i]
+        told = None if ended else main(words)
+        if told and i + 1 < len(runs):
+            engine.say(f"stopped after phase {i + 1}; add --resume to go on")
+            raise SystemExit(128 + told)
     if is_main() and not cfg.plan and left >= 0:
         with engine.user_errors():
             checkpoint.write(Path(cfg.out) / "encoder.pt", checkpoint.read(Path(configs[-1].out) / "encoder.pt"))
 
 
-def steps_of(cfg):
-    """Optimizer steps of a whole phase."""
-    with engine.user_errors():
-        one = types.SimpleNamespace(rank=0, world=1)
-        return engine.lengths(cfg, data.global_batches(len(data.pretrain_set(cfg)), cfg, one).steps_per_epoch)[0]
+def steps_of(configs):
+    """Optimizer steps of every phase. ValueError if one of them makes none, ValueError or OSError if there are no
+    images."""
+    n, one = len(data.pretrain_set(configs[0])), types.SimpleNamespace(rank=0, world=1)
+    steps = [engine.lengths(own, data.global_batches(n, own, one).steps_per_epoch)[0] for own in configs]
+    if min(steps) < 1:
+        raise ValueError(f"phase {1 + steps.index(min(steps))} of {len(steps)} makes no step: more --phase_epochs")
+    return steps
 
 
 def start_from(model, path):

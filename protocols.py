@@ -61,15 +61,6 @@ def start_head(model, features, labels):
     model.head.zero_grad(set_to_none=True)
 
 
-def require_two(model, sampler):
-    """ValueError if BatchNorm, of a head or behind a map of one place, were to find the spread of a single number."""
-    one_place = model.encoder.arch["img_size"] == [model.encoder.out_stride] * 2
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d) if one_place else nn.BatchNorm1d
-    if sampler.smallest() < 2 and any(isinstance(m, kinds) and m.training for m in model.train().modules()):
-        raise ValueError("BatchNorm needs two images at once, and some process would hold one: a --micro_batch of 2 or "
-                         "more, a larger --batch_size, or --drop_last true")
-
-
 # ---------------------------------------- Partial
 
 

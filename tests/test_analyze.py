@@ -45,3 +45,10 @@ def test_hog_stability(call, folder, tmp_path):
 def test_a_missing_folder_is_one_line(call, tmp_path):
     done = call(analyze.main, ["hog_stability", "--data", "/no/such", "--out", tmp_path / "hog"])
     assert done.code == 2 and "/no/such" in done.err and done.err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--size", 100], ["--size", 16], ["--size", 0], ["--images", 0], ["--images", -3]])
+def test_numbers_that_make_no_measure_are_one_line(words, call, tmp_path):
+    done = call(analyze.main, ["hog_stability", "--data", "shapes", "--out", tmp_path / "out", *words])
+    assert done.code == 2 and done.err.count("\n") == 1 and "--size takes a multiple of 16" in done.err
+    assert not list(tmp_path.iterdir())

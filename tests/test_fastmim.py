@@ -2,18 +2,21 @@
 
 import math
 import re
+import signal
 import types
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, batch, equal, finish, flags, gradients, log_of, start, torchrun
+from conftest import ROOT, batch, equal, finish, flags, gradients, log_of, snapshot, start, torchrun
 
 import data
 import fastmim
 import figures
 import finetune
+import lut
+import mae
 import teachers
 import weights
 
@@ -513,6 +516,41 @@ def test_phases_go_on_where_they_were_moved_to_and_without_those_that_ended(run,
     assert equal(*(torch.load(tmp_path / out / "encoder.pt")["model"] for out in ("one", "moved")))
 
 
+def test_a_signal_in_the_last_step_of_a_phase_ends_the_command_there(run, tmp_path, monkeypatch):
+    real = fastmim.engine.log
+    def log(cfg, run, step, *rest):
+        real(cfg, run, step, *rest)
+        if step + 1 == 9 and run.out.name == FOLDERS[0]:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastmim.engine, "log", log)
+        done = run("run", **PHASES)
+    assert done.code == 128 + signal.SIGTERM and "stopped after phase 1; add --resume" in done.out
+    assert torch.load(tmp_path / "run" / FOLDERS[0] / "last.pt")["step"] == 9
+    assert not (tmp_path / "run" / FOLDERS[1]).exists()
+    assert run("run", **PHASES, resume=True).code == 0 and (tmp_path / "run" / "encoder.pt").exists()
+
+
+def test_batchnorm_of_a_single_image_does_not_cost_the_run_that_was_there(run, tmp_path):
+    assert run("run", max_steps=1).code == 0
+    before = snapshot(tmp_path / "run")
+    changes = {"model": "torchvision:resnet18", "patch_size": 0, "img_size": 32, "mask_unit": 8}
+    done = run("run", **changes, micro_batch=1, overwrite=True)
+    assert done.code == 2 and done.err.startswith("error: BatchNorm needs two") and done.err.count("\n") == 1
+    assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("script", [fastmim, lut, mae])
+def test_a_patch_of_one_value_is_not_normalised(script, call, folder, tmp_path):
+    words = flags(model="vit_tiny", patch_size=1, img_size=8, in_chans=1, target="norm_pixels", data=folder,
+                  max_steps=1, batch_size=4, micro_batch=4, decoder_width=32, decoder_heads=2, device="cpu",
+                  out=tmp_path / "run")
+    done = call(script.main, words)
+    assert done.code == 2 and "a patch of one value has no spread" in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_options_it_does_not_begin_the_recipe():
     for script in ("fastmim.py", "lut.py"):
         code, out, err = finish(start(script))
@@ -527,6 +565,7 @@ def test_a_network_that_cannot_be_planned_is_one_line(run):
 @pytest.mark.parametrize("changes,said", [
     ({"phase_epochs": "1"}, "one number for every phase"), ({"phase_sizes": "32,x"}, "--phase_sizes"),
     ({"phase_epochs": "1,many"}, "--epochs"), ({"phase_batches": "4,5"}, "--micro_batch 2 does not divide"),
+    ({"phase_batches": "4,64"}, "36 images make no batch of 64"), ({"phase_epochs": "1,0.01"}, "phase 2 of 2 makes no"),
     ({"phase_sizes": "0,32"}, "no such images"), ({"lr_batch": 0}, "--lr_batch must be 1 or more"),
     ({"phase_sizes": "32,40"}, "40x40 must be divisible")], ids=lambda value: str(value)[:30])
 def test_phases_that_do_not_fit_are_refused_before_the_first(changes, said, run, tmp_path):
