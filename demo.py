@@ -25,7 +25,7 @@ import figures
 
 BUDGET = {200: 20, 500: 8}  # labels: epochs that make 120 steps of 32 images
 ARMS = {"pre-trained": 1, "scratch": 1, "scratch, 2x budget": 2, "scratch, 4x budget": 4}
-LEARNS = {  # name: words of its pre-training, with --epochs of its own if it is not SHORT
+LEARNS = {  # name: words of its pre-training
     "MAE ViT": "mae.py --config configs/tiny.yaml",
     "SimMIM ViT": "simmim.py --config configs/simmim_tiny.yaml --model vit_tiny --patch_size 8",
     "SimMIM Swin": "simmim.py --config configs/simmim_tiny.yaml",
@@ -39,9 +39,6 @@ LEARNS = {  # name: words of its pre-training, with --epochs of its own if it is
     "FastMIM ResNet-18":
         "fastmim.py --config configs/fastmim_tiny.yaml --model torchvision:resnet18 --patch_size 0 --mask_unit 8",
     "LUT ViT": "lut.py --config configs/lut_tiny.yaml",
-    "MAE ViT, 8 epochs": "mae.py --config configs/tiny.yaml --epochs 8 --warmup_epochs 0.64",
-    "FastMIM ViT, 8 epochs": "fastmim.py --config configs/fastmim_tiny.yaml --epochs 8 --warmup_epochs 0.64",
-    "LUT ViT, 8 epochs": "lut.py --config configs/lut_tiny.yaml --epochs 8 --warmup_epochs 0.64",
 }
 SHORT = ["--epochs", 2, "--warmup_epochs", 0.16]  # 1,250 steps of 32 images; the recipes have 4 or 8 epochs
 TESTS = {  # name: words of its finetune.py
@@ -127,8 +124,7 @@ def log_of(folder):
 def pair(folder, name, seed):
     """{test: {"pre-trained": top-1, "scratch": top-1}, ..., "log": its first and last line} of a method and seed."""
     folder, result = folder / slug(name) / f"seed{seed}", {}
-    script, *own = LEARNS[name].split()
-    words = [script, *SHORT, *own, "--seed", seed, "--picture_epochs", 2]
+    words = [*LEARNS[name].split(), *SHORT, "--seed", seed, "--picture_epochs", 2]
     for arm, more in ("pre-trained", []), ("scratch", ["--max_steps", 1]):
         run(*words, *more, out=folder / arm, again="--resume")
         for test, how in TESTS.items():
