@@ -23,7 +23,7 @@ import models
 import protocols
 import tensorfile
 from options import Size, parse_value, say, user_errors
-from resizing import resize_bias_table, resize_positions
+from resizing import geometric_places, resize_bias_table, resize_positions  # noqa: F401
 
 OPTIONS = {"window": int, "bias": str, "positions": str, "layer_scale": float, "reduction": list, "max_stride": int}
 
