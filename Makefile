@@ -3,7 +3,7 @@ PY := .venv/bin/python
 SEEDS ?= 0
 A ?= mae
 B ?= finetune
-BESIDE := tests/test_runs.py tests/test_mae.py tests/test_simmim.py tests/test_travel.py
+BESIDE := tests/test_runs.py tests/test_mae.py tests/test_simmim.py
 
 .PHONY: setup demo test lint lines diff clean
 
