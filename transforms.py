@@ -135,6 +135,9 @@ def with_defaults(cfg):
 def augmentation(o):
     """The training transforms that the options `o` (a mapping) ask for: uint8 (C, h, w) -> uint8 (C, *img_size), or
     (2, C, *img_size) if they ask for two views."""
+    for name in ("rand_augment", "color_jitter"):
+        if o[name] and o["in_chans"] not in (1, 3):
+            raise ValueError(f"--{name} knows grey and RGB, not --in_chans {o['in_chans']}")
     size, cubic = tuple(o["img_size"]), v2.InterpolationMode(o["interpolation"])
     first = v2.Resize(size, cubic)  # returns what has the right size already
     if o["crop"] == "simple":
@@ -147,15 +150,11 @@ def augmentation(o):
     if o["flip"]:
         steps.append(v2.RandomHorizontalFlip(o["flip"]))
     if o["rand_augment"]:
-        if o["in_chans"] not in (1, 3):
-            raise ValueError(f"--rand_augment knows grey and RGB, not --in_chans {o['in_chans']}")
         # DIFF: RandAugment is torchvision's. timm's rand-m9-mstd0.5-inc1, which recipes name, applies each operation
         # with p 0.5, varies its magnitude by normal noise, and knows Invert and SolarizeAdd. Magnitude 9 of 11 bins is
         # its strength (rotation by 27 degrees); 9 of torchvision's 31 would be a third of it.
         fill = (mean_std(o["in_chans"])[0] * 255).round().flatten().tolist()
         steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, interpolation=BILINEAR, fill=fill))
-    if o["color_jitter"] and o["in_chans"] not in (1, 3):
-        raise ValueError(f"--color_jitter knows grey and RGB, not --in_chans {o['in_chans']}")
     if o["color_jitter"]:
         steps.append(v2.ColorJitter(*[o["color_jitter"]] * 3))  # brightness, contrast, saturation
     if o["random_erasing"]:

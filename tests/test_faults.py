@@ -166,20 +166,14 @@ def test_a_broken_image_is_left_out_of_every_score(tune, tmp_path, folder, spoil
         assert with_it["top5"] == without["top5"]
 
 
-def test_processes_leave_the_same_image_out(tune, tuned, tmp_path, spoiled):  # noqa: F811
+def test_processes_leave_the_same_image_out(tune, tuned, pretrained, tmp_path, spoiled):  # noqa: F811
     words = dict(mode="knn", data=spoiled, micro_batch=1)
     assert tune(out=tmp_path / "one", **words).code == 0
-    init = tmp_path / "encoder.pt"
-    shutil.copy(os.path.join(json_init(tmp_path / "one")), init)
-    two = tuned(init=init, model=None, patch_size=None, out=tmp_path / "two", **words)
+    two = tuned(init=pretrained["mae"], model=None, patch_size=None, out=tmp_path / "two", **words)
     code, _, err = finish(start(*torchrun(2, "finetune.py", *two)))
     assert code == 0, err
-    one, two = ({**result_of(tmp_path / name), "init": None} for name in ("one", "two"))
+    one, two = (result_of(tmp_path / name) for name in ("one", "two"))
     assert one == two and one["images"] == 14
-
-
-def json_init(out):
-    return result_of(out)["init"]
 
 
 def test_a_validation_set_of_broken_images_is_one_line(tune, spoiled):  # noqa: F811
