@@ -40,7 +40,6 @@ LEARNS = {  # name: words of its pre-training
         "fastmim.py --config configs/fastmim_tiny.yaml --model torchvision:resnet18 --patch_size 0 --mask_unit 8",
     "LUT ViT": "lut.py --config configs/lut_tiny.yaml",
 }
-SHORT = ["--epochs", 2, "--warmup_epochs", 0.16]  # 1,250 steps of 32 images; the recipes have 4 or 8 epochs
 TESTS = {  # name: words of its finetune.py
     "200 labels": ["--labels", 200, "--epochs", BUDGET[200]],
     "500 labels": ["--labels", 500, "--epochs", BUDGET[500]],
@@ -117,14 +116,20 @@ def slug(name):
     return name.replace(",", "").replace(" ", "_")
 
 
+def length(epochs):
+    """Options of a pre-training as long as that: 625 steps of 32 images an epoch; the recipes have 4 or 8 epochs."""
+    return ["--epochs", epochs, "--warmup_epochs", round(0.08 * epochs, 2)]
+
+
 def log_of(folder):
     return [json.loads(line) for line in open(folder / "log.jsonl")]
 
 
-def pair(folder, name, seed):
-    """{test: {"pre-trained": top-1, "scratch": top-1}, ..., "log": its first and last line} of a method and seed."""
-    folder, result = folder / slug(name) / f"seed{seed}", {}
-    words = [*LEARNS[name].split(), *SHORT, "--seed", seed, "--picture_epochs", 2]
+def pair(folder, name, seed, epochs=2):
+    """{test: {"pre-trained": top-1, "scratch": top-1}, ..., "log": its first and last line} of a method and seed, after
+    as many epochs of pre-training."""
+    folder, result = folder / slug(name) / f"{epochs}_epochs" / f"seed{seed}", {}
+    words = [*LEARNS[name].split(), *length(epochs), "--seed", seed, "--picture_epochs", 2]
     for arm, more in ("pre-trained", []), ("scratch", ["--max_steps", 1]):
         run(*words, *more, out=folder / arm, again="--resume")
         for test, how in TESTS.items():
@@ -148,12 +153,14 @@ def learns_table(results):
     return "\n".join(lines)
 
 
-def learns(out, seeds, jobs):
-    """All of LEARNS, first with the first seed; the result file is written anew whenever one of them is done."""
-    path = Path("results/learns.json") if len(seeds) >= 3 else out / "learns.json"
-    record = {"pretraining": LEARNS, "options": SHORT, "tests": TESTS, "results": {}}
+def learns(out, seeds, jobs, epochs, methods):
+    """Those of LEARNS, first with the first seed; the result file is written anew whenever one of them is done."""
+    name = "learns.json" if epochs == 2 else f"learns_{epochs}_epochs.json"
+    path = Path("results", name) if len(seeds) >= 3 else out / name
+    chosen = {name: LEARNS[name] for name in methods}
+    record = {"pretraining": chosen, "options": length(epochs), "tests": TESTS, "results": {}}
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
-    tasks = {pool.submit(pair, out, name, seed): (name, seed) for seed in seeds for name in LEARNS}
+    tasks = {pool.submit(pair, out, name, seed, epochs): (name, seed) for seed in seeds for name in chosen}
     try:
         for task in concurrent.futures.as_completed(tasks):
             name, seed = tasks[task]
@@ -170,10 +177,14 @@ def main(argv=None):
     parser.add_argument("--seeds", default="0", help='such as "0 1 2"; three or more write into results/')
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--jobs", type=int, default=2, help="of learns: runs at a time, one thread each")
+    parser.add_argument("--epochs", type=int, default=2, help="of learns: passes over the images before fine-tuning")
+    parser.add_argument("--methods", default=",".join(LEARNS), help="of learns: which of them, comma-separated")
     words = parser.parse_args(argv)
-    seeds = [int(seed) for seed in words.seeds.split()]
+    seeds, methods = [int(seed) for seed in words.seeds.split()], words.methods.split(",")
+    if unknown := set(methods) - set(LEARNS):
+        parser.error(f"--methods: {', '.join(sorted(unknown))} is not one of {', '.join(LEARNS)}")
     if words.what == "learns":
-        return learns(words.out, seeds, words.jobs)
+        return learns(words.out, seeds, words.jobs, words.epochs, methods)
     begin, results = time.monotonic(), {}
     for seed in seeds:
         print(f"seed {seed}: pre-training on one core, scratch on the other", flush=True)

@@ -15,7 +15,7 @@ import json
 import statistics
 from pathlib import Path
 
-from demo import BUDGET, LEARNS, SHORT, run, slug
+from demo import BUDGET, LEARNS, length, run, slug
 
 METHODS = ["MAE", "SimMIM", "UM-MAE", "FastMIM", "LUT", "random weights"]
 LINEAR = ["--mode", "linear", "--head_start", "random", "--shift", 0, "--epochs", 100, "--warmup_epochs", 10]
@@ -42,7 +42,8 @@ def one_method(sets, folder, method, seed):
     start = ["--init", "none", "--model", "vit_tiny", "--patch_size", 8]
     if method != "random weights":
         script, *own = LEARNS[f"{method} ViT"].split()
-        run(script, *SHORT, *own, "--seed", seed, "--picture_epochs", 2, out=folder / "pre-trained", again="--resume")
+        words = [*length(2), *own, "--seed", seed, "--picture_epochs", 2]
+        run(script, *words, out=folder / "pre-trained", again="--resume")
         start = ["--init", folder / "pre-trained" / "encoder.pt"]
     for protocol in PROTOCOLS if method != "random weights" else OF_RANDOM:
         for name, data in sets.items():
@@ -75,7 +76,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/protocols"))
     words = parser.parse_args()
     sets, path = {"shapes": "shapes", "cifar10_mini": words.cifar10_mini}, Path("results/protocols.json")
-    record = {"pretraining": {name: LEARNS.get(f"{name} ViT", "none") for name in METHODS}, "options": SHORT,
+    record = {"pretraining": {name: LEARNS.get(f"{name} ViT", "none") for name in METHODS}, "options": length(2),
               "words": {name: " ".join(map(str, own)) for name, own in PROTOCOLS.items()}, "results": {}}
     for seed in map(int, words.seeds.split()):
         for method in METHODS:

@@ -63,6 +63,19 @@ def test_learns_goes_on_where_it_was_stopped(commands):
     assert len(commands) == 2
 
 
+def test_learns_from_longer_pretraining(commands, capsys):
+    """Of some methods, beside what shorter ones left."""
+    for epochs in (2, 8):
+        demo.main(["--what", "learns", "--epochs", str(epochs), "--methods", "LUT ViT", "--out", "runs"])
+    long = [c for c in commands if c.startswith("lut.py") and " --epochs 8 --warmup_epochs 0.64 " in c]
+    assert len(long) == 2 and len(commands) == 2 * 2 * (1 + len(demo.TESTS))
+    record = json.loads(Path("runs/learns_8_epochs.json").read_text())
+    assert list(record["results"]) == list(record["pretraining"]) == ["LUT ViT"]
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(["--what", "learns", "--methods", "LUT ViT,BEiT"])
+    assert "--methods: BEiT is not one of MAE ViT, " in capsys.readouterr().err
+
+
 def test_demo_runs_everything_anew(commands):
     for _ in range(2):
         demo.main(["--out", "runs"])
