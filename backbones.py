@@ -105,8 +105,8 @@ class Torchvision(nn.Module):
     block, begins one, and other steps (norms) belong to the one ahead of them; the stem is layer 0. `drop_path` grows
     linearly from 0 at layer 1 in networks that have stochastic depth; in others it finds nothing to drop. BatchNorm
     sees what one process holds at once. There are no positions that `learn_positions` could make learnable.
-    ValueError for an unknown name, or sizes or a stride that do not fit: Inception and SqueezeNet cut pixels off at the
-    border and so have no map that covers an image.
+    ValueError for an unknown name, or sizes or a stride that do not fit: AlexNet, Inception and SqueezeNet cut pixels
+    off at the border and so have no map that covers an image.
     """
 
     num_prefix = 0

@@ -112,11 +112,16 @@ def damage(path):
     return f"{wrong} is damaged" if wrong else None
 
 
+def either(path):
+    """Is there such a file, or, after a kill between two renames, its predecessor alone?"""
+    return path.exists() or path.with_name("previous." + path.name).exists()
+
+
 def read_newest(path):
     """`read(path)`, or, with a line that says so, its predecessor if `path` is damaged or gone; None without either."""
     path = Path(path)
     previous = path.with_name("previous." + path.name)
-    if not path.exists() and not previous.exists():
+    if not either(path):
         return None
     try:
         return read(path)

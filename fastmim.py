@@ -36,7 +36,7 @@ class Config(engine.RunConfig):
     model: str = "vit_b"  # a ViT, swin_{tiny,t,b,l}, pvt_{tiny,s}, pvtv2_{tiny,b2,b5}, torchvision:NAME
     patch_size: int = 0  # pixels; 0 is 16 for a ViT and 4 for a pyramid
     window: int = 4  # side of Swin's windows in tokens
-    mask_unit: int = 0  # pixels, side of what is hidden; 0 is the stride of the last map, which is kept in any case
+    mask_unit: int = 0  # pixels, side of what is hidden; 0 is one token of the last map
     mask_ratio: float = 0.75  # share of units that is hidden, in [0, 1); what is left is rounded down
     target: str = "hog"  # hog, pixels, norm_pixels (each token's pixels to mean 0, std 1)
     decoder_depth: int = 1  # blocks; 0 for a linear layer instead of a decoder
@@ -90,7 +90,7 @@ def hog(imgs, cell):
 
 # ---------------------------------------- Model
 
-class FastMIM(nn.Module):
+class FastMIM(teachers.Student):
     """The model that `cfg` describes. ValueError if its options do not fit together."""
 
     def __init__(self, cfg):
@@ -181,8 +181,9 @@ class FastMIM(nn.Module):
         return patches
 
     def loss(self, pred, target, mask):
-        """Mean squared error over what is hidden, fp32 (FastMIM, 4.1); 0 if nothing is. Where units are smaller than
-        tokens, those cells or pixels of a token count that are hidden (ours: the paper does not say)."""
+        """Mean squared error over what is hidden, fp32 (FastMIM, 4.1); 0 if nothing is."""
+        # DIFF: FastMIM's mask units have the size of a token of the last map; where --mask_unit is smaller, the hidden
+        # cells or pixels of a token count.
         hidden = models.patchify(self.spread(mask, self.unit // self.part), self.encoder.out_stride // self.part)
         split, of = ((-1, hidden.shape[2]), 2) if self.cfg.target == "hog" else ((hidden.shape[2], -1), 3)
         error = (pred.float() - target).square().unflatten(2, split).mean(dim=of)  # (B, N', parts)
@@ -203,14 +204,6 @@ class FastMIM(nn.Module):
             wanted = self.teacher.encode(self.teacher.embed(imgs))[:, self.teacher.num_prefix :].float()
         found = self.project(latent[:, self.encoder.num_prefix :]).float()  # (B, N', width of the teacher)
         return F.l1_loss(found, F.layer_norm(wanted, wanted.shape[2:]))
-
-    def state_dict(self, *args, **options):
-        """Without the teacher, which stays in the file it came from."""
-        return {k: v for k, v in super().state_dict(*args, **options).items() if not k.startswith("teacher.")}
-
-    def load_state_dict(self, tensors, *args, **options):
-        own = {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()} if self.teacher else {}
-        return super().load_state_dict({**tensors, **own}, *args, **options)
 
     def prepare(self, imgs, noise):
         """Before training: the loss of two trivial predictors (zero, and the mean target of `imgs`), which the first

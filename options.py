@@ -292,6 +292,20 @@ def step_of(line):
         return math.inf
 
 
+FILES = ("config.yaml", "log.jsonl", "result.json", "last.pt", "encoder.pt", "previous.last.pt", "previous.encoder.pt")
+REPLACED = []  # files elsewhere that belong to what a run replaces
+
+
+@contextlib.contextmanager
+def replacing(paths):
+    """Within it, a run that claims its --out claims these files, too: they forbid it, or are removed with the rest."""
+    REPLACED[:] = paths
+    try:
+        yield
+    finally:
+        REPLACED.clear()
+
+
 def claim(cfg, run, saved, about):
     """Make --out this run's folder and write config.yaml: the resolved options, versions and git commit.
 
@@ -299,19 +313,18 @@ def claim(cfg, run, saved, about):
     lost: those that this run starts from, or any, if it evaluates alone. OSError if it cannot be written. Nothing is
     removed before all of that is known.
     """
-    names = ("config.yaml", "log.jsonl", "result.json", "last.pt", "encoder.pt", "previous.last.pt",
-             "previous.encoder.pt")
     if run.out.exists() and not run.out.is_dir():
         raise ValueError(f"--out {run.out} is a file")
-    used = [run.out / name for name in names if (run.out / name).exists()]
+    used = [path for path in [*(run.out / name for name in FILES), *REPLACED] if path.exists()]
     trained = any(path.suffix == ".pt" for path in used)  # --resume does not begin anew over weights
     if used and not (saved or cfg.overwrite or (cfg.resume and not trained)):
-        raise ValueError(f"--out {run.out} holds a run: --resume goes on, --overwrite replaces it, or name another")
+        raise ValueError(f"--out {used[0].parent} holds a run: --resume goes on, --overwrite replaces it, or name "
+                         "another")
     if trained and judges(cfg):
         raise ValueError(f"--out {run.out} holds the weights of a run, and an evaluation has none: name another")
     sources = [Path(getattr(cfg, name, "none")).resolve() for name in ("init", "teacher")]
     if not saved and any(path.resolve() in sources for path in used):
-        raise ValueError(f"--out {run.out} holds what this run starts from: name another")
+        raise ValueError(f"--out {run.out} holds what this run starts from, or would replace it: name another")
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / ".writable").write_text("yes")
     (run.out / ".writable").unlink()

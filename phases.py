@@ -14,13 +14,13 @@ import types
 from pathlib import Path
 
 import torch
-import yaml
 
 import checkpoint
 import data
 import engine
+import options
+import protocols
 import weights
-from options import fail, is_main, parse_value
 
 
 def in_phases(config_class, model_class, doc):
@@ -31,7 +31,7 @@ def in_phases(config_class, model_class, doc):
             cfg = engine.configure(config_class, doc, argv)
             if cfg.phase_sizes == "none":
                 if {cfg.phase_epochs, cfg.phase_batches} != {"none"}:
-                    fail("--phase_epochs and --phase_batches need --phase_sizes")
+                    options.fail("--phase_epochs and --phase_batches need --phase_sizes")
                 return main(argv)
             words = list(sys.argv[1:] if argv is None else argv)
             with engine.user_errors():
@@ -41,10 +41,8 @@ def in_phases(config_class, model_class, doc):
                 with torch.device("meta"):
                     for own in configs:
                         engine.check(own, int(os.environ.get("WORLD_SIZE", 1)))
-                        model_class(dataclasses.replace(own, init="none", teacher="none"))
+                        model_class(dataclasses.replace(own, plan=True))
                 steps = [] if cfg.plan else steps_of(configs)
-                if cfg.overwrite and not cfg.resume and not cfg.plan:
-                    make_way(cfg, configs, model_class)
             one_by_one(main, cfg, runs, configs, steps)
         return run
     return decorate
@@ -52,6 +50,8 @@ def in_phases(config_class, model_class, doc):
 
 def phases_of(cfg):
     """The words that every phase adds to the command line. ValueError if the phases are not as many as their epochs."""
+    if cfg.phase_epochs == "none":
+        raise ValueError("--phase_sizes needs --phase_epochs")
     sizes, epochs = cfg.phase_sizes.split(","), cfg.phase_epochs.split(",")
     batches = [str(cfg.batch_size)] * len(sizes) if cfg.phase_batches == "none" else cfg.phase_batches.split(",")
     if not len(sizes) == len(epochs) == len(batches):
@@ -59,43 +59,46 @@ def phases_of(cfg):
                          f"{cfg.phase_sizes} and {cfg.phase_epochs} and {cfg.phase_batches}")
     if (Path(cfg.out) / "last.pt").exists():
         raise ValueError(f"--out {cfg.out} holds a run without phases: name another")
-    sizes, words, init = [parse_value("phase_sizes", engine.Size, size) for size in sizes], [], cfg.init
+    sizes = [options.parse_value("phase_sizes", engine.Size, size) for size in sizes]
     if not all(0 < side < 2**16 for size in sizes for side in size):
         raise ValueError(f"--phase_sizes {cfg.phase_sizes}: no such images")
     # DIFF: FastMIM-P's paper does not say what becomes of schedule and optimizer between phases. Here both start anew:
     # resized tables have no moments, batch and learning rate may change, and so every phase ends with a usable encoder.
     # DIFF: Swin's windows grow with the images (8, 10, 12 at 128, 160, 192 px); the paper resizes a table of window 14.
+    outs = [Path(cfg.out) / (f"phase{i + 1}_{h}px" if h == w else f"phase{i + 1}_{h}x{w}px")
+            for i, (h, w) in enumerate(sizes)]
+    begun = [i for i, out in enumerate(outs) if cfg.resume and checkpoint.either(out / "last.pt")]
+    words = []
     for i, ((h, w), length, batch) in enumerate(zip(sizes, epochs, batches, strict=True)):
-        name = f"phase{i + 1}_{h}px" if h == w else f"phase{i + 1}_{h}x{w}px"
-        out, window = Path(cfg.out) / name, max(1, round(cfg.window * h / sizes[0][0]))
-        if i and cfg.resume and (out / "last.pt").exists():  # written as it was then, though --out may have moved
-            init = yaml.safe_load((out / "config.yaml").read_text())["init"]
+        init = outs[i - 1] / "last.pt" if i else cfg.init
+        if i and begun[-1:] == [i]:
+            init = init_of(outs[i] / "last.pt")
+        window = max(1, round(cfg.window * min(h, w) / min(sizes[0])))
         seed = engine.seed_of(cfg.seed, "phase", i)  # other orders, crops and masks than in the phase before
-        own = {"phase_sizes": "none", "img_size": f"{h}x{w}", "window": window, "epochs": length, "batch_size": batch,
-               "out": out, "init": init, "seed": seed}
+        own = {"phase_sizes": "none", "phase_epochs": "none", "phase_batches": "none", "img_size": f"{h}x{w}",
+               "window": window, "epochs": length, "batch_size": batch, "out": outs[i], "init": init, "seed": seed}
         words.append([word for name, value in own.items() for word in (f"--{name}", str(value))])
-        init = out / "last.pt"
     return words
 
 
-def make_way(cfg, configs, model_class):
-    """Remove what later phases and the whole left in --out: a later --resume must not find what is replaced. Nothing is
-    removed if the first phase cannot begin: ValueError or OSError, in one line."""
-    model_class(configs[0])
-    if is_main():
-        for path in [path for own in [cfg, *configs[1:]] for path in Path(own.out).glob("*.pt")]:
-            path.unlink()
+def init_of(path):
+    """What the run that goes on from `path` started from: as it was written then, though --out may have moved."""
+    saved = checkpoint.read_newest(path)
+    checkpoint.require_run(saved, path)
+    return saved["config"].get("init")
 
 
 def goes_on(cfg):
     """Will the run find its weights in its own folder, so that it needs none to start from?"""
-    return cfg.resume and (Path(cfg.out) / "last.pt").exists()
+    return cfg.resume and checkpoint.either(Path(cfg.out) / "last.pt")
 
 
 def one_by_one(main, cfg, runs, configs, steps):
     """Run all phases, or plan them. A signal ends the command in the phase it comes in, or behind it if that was in its
     last step; --max_steps counts the `steps` of all of them."""
     left = cfg.max_steps
+    # The first phase replaces the later ones, too: stopped in it, a run must not go on with the second of another run.
+    later = [Path(own.out) / name for own in [cfg, *configs[1:]] for name in options.FILES]
     for i, (words, own) in enumerate(zip(runs, configs, strict=True)):
         ended = not cfg.plan and any(map(goes_on, configs[i + 1 :]))
         engine.say(f"phase {i + 1} of {len(runs)}: {own.img_size[0]}x{own.img_size[1]} px, {own.epochs:g} epochs, "
@@ -104,11 +107,12 @@ def one_by_one(main, cfg, runs, configs, steps):
             if left <= 0:
                 return
             words, left = [*words, "--max_steps", str(left)], left - steps[i]
-        told = None if ended else main(words)
+        with options.replacing(later if i == 0 else []):
+            told = None if ended else main(words)
         if told and i + 1 < len(runs):
             engine.say(f"stopped after phase {i + 1}; add --resume to go on")
             raise SystemExit(128 + told)
-    if is_main() and not cfg.plan and left >= 0:
+    if options.is_main() and not cfg.plan and left >= 0:
         with engine.user_errors():
             checkpoint.write(Path(cfg.out) / "encoder.pt", checkpoint.read(Path(configs[-1].out) / "encoder.pt"))
 
@@ -128,21 +132,28 @@ def start_from(model, path):
     positions and bias tables are resized, a fixed table is computed. ValueError if it is another model."""
     saved = checkpoint.read(path)
     checkpoint.require_run(saved, path)
-    then, now = saved["config"], engine.plain(engine.fixed(model.cfg))
-    for name in ("model", "patch_size", "in_chans", "target", "teacher"):
+    then, now, encoder = saved["config"], engine.plain(engine.fixed(model.cfg)), model.encoder
+    sizes = [then.get(name) for name in ("window", "patch_size", "decoder_heads", "decoder_width")]
+    if not (isinstance(then.get("img_size"), list) and len(then["img_size"]) == 2
+            and all(type(n) is int and 0 <= n < 2**16 for n in [*then["img_size"], *sizes])
+            and checkpoint.all_ordinary(saved["model"])):
+        raise ValueError(f"{path} is of another script's run")
+    then, now = ({**of, "decoder_heads": of["decoder_heads"] or max(1, of["decoder_width"] // 32)}
+                 for of in (then, now))  # heads of another number have weights of the same shapes
+    for name in ("model", "in_chans", "target", "teacher", "decoder_heads"):
         if then.get(name) != now[name]:
             raise ValueError(f"{path} is of a run with --{name} {then.get(name)}, not {now[name]}")
-    if not isinstance(then.get("img_size"), list) or not isinstance(then.get("window"), int):
-        raise ValueError(f"{path} is of another script's run")
+    window = {"window": then["window"]} if "window" in encoder.arch["options"] else {}
     with torch.device("meta"):
-        old = type(model)(dataclasses.replace(model.cfg, init="none", teacher="none",
-                                              img_size=tuple(then["img_size"]), window=then["window"]))
+        old = protocols.rebuild(encoder.arch, img_size=tuple(then["img_size"]), patch_size=then["patch_size"], **window)
+    if old.arch["patch_size"] != encoder.arch["patch_size"]:
+        raise ValueError(f"{path} is of a run with patches of {old.arch['patch_size']}, not "
+                         f"{encoder.arch['patch_size']} pixels")
     inner = {k.removeprefix("encoder."): v for k, v in saved["model"].items() if k.startswith("encoder.")}
-    notes = weights.adapt_bias_tables(inner, old.encoder.arch, model.encoder, path, "bicubic")  # FastMIM, A.3.2
-    if "pos_embed" in dict(model.encoder.named_buffers()):
-        inner["pos_embed"] = model.encoder.pos_embed
-    elif "pos_embed" in inner and old.encoder.grid != model.encoder.grid:
-        inner["pos_embed"] = weights.resize_positions(inner["pos_embed"], old.encoder.grid, model.encoder.grid,
-                                                      model.encoder.num_prefix)
+    notes = weights.adapt_bias_tables(inner, old.arch, encoder, path, "bicubic")  # FastMIM, A.3.2
+    if "pos_embed" in dict(encoder.named_buffers()):
+        inner["pos_embed"] = encoder.pos_embed
+    elif "pos_embed" in inner and old.grid != encoder.grid:
+        inner["pos_embed"] = weights.resize_positions(inner["pos_embed"], old.grid, encoder.grid, encoder.num_prefix)
     checkpoint.load_exactly(model, {**saved["model"], **{f"encoder.{k}": v for k, v in inner.items()}}, path)
     engine.say("; ".join([f"weights start from {path}, step {saved['step']}", *notes]))

@@ -1,4 +1,4 @@
-"""Frozen encoders that a method learns from: of an earlier run, or torchvision's with its own weights."""
+"""Frozen encoders that a model learns from: of an earlier run, or torchvision's with its own weights."""
 
 import math
 from pathlib import Path
@@ -11,6 +11,25 @@ import models
 import protocols
 import weights
 from transforms import mean_std
+
+
+class Student(torch.nn.Module):
+    """A model with a `teacher`: a frozen encoder, or None."""
+
+    def train(self, mode=True):
+        """The teacher stays in eval mode: its BatchNorm goes by the averages that it came with."""
+        super().train(mode)
+        if self.teacher:
+            self.teacher.eval()
+        return self
+
+    def state_dict(self, *args, **options):
+        """Without the teacher, which stays in the file it came from."""
+        return {k: v for k, v in super().state_dict(*args, **options).items() if not k.startswith("teacher.")}
+
+    def load_state_dict(self, tensors, *args, **options):
+        own = {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()} if self.teacher else {}
+        return super().load_state_dict({**tensors, **own}, *args, **options)
 
 
 def frozen_encoder(source, cfg):
@@ -43,7 +62,10 @@ def load_published(encoder, name, download):
     if not path.exists() and not download:
         raise ValueError(f"torchvision's weights of {name} are not at {path}: --download fetches them")
     if not path.exists():
-        best.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        try:
+            best.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except RuntimeError as error:  # another hash than the one in its name
+            raise ValueError(f"what was fetched of torchvision's weights of {name} is damaged: {error}") from error
     checkpoint.read(path, foreign=True)  # torchvision, which knows the names in its older files, would execute anything
     try:
         tensors = torchvision.models.get_model(name, weights=best, progress=False).state_dict()

@@ -372,6 +372,16 @@ def test_a_teacher_of_torchvision_has_the_weights_that_are_there(monkeypatch, tm
     assert model(imgs, noise).isfinite()
 
 
+def test_a_teacher_goes_by_its_own_statistics_whatever_is_asked_of_batchnorm(monkeypatch, tmp_path):
+    """BatchNorm of a single image is refused in a student; a teacher's has averages."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
+    model = build("swin", img_size=(32, 32), mask_unit=8, teacher="torchvision:resnet18")
+    fastmim.engine.require_two(model, types.SimpleNamespace(smallest=lambda: 1))
+    assert model.training and not any(module.training for module in model.teacher.modules())
+
+
 def test_a_teacher_of_torchvision_may_have_the_names_of_its_older_files(monkeypatch, tmp_path):
     """Such as denselayer1.norm.1 for what is now denselayer1.norm1."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -504,6 +514,64 @@ def test_overwriting_phases_leaves_no_weights_of_later_ones(run, tmp_path):
     assert (tmp_path / "run" / FOLDERS[1] / "last.pt").exists()
     assert run("run", **{**PHASES, "overwrite": True, "max_steps": 1, "seed": 5}).code == 0
     assert not list((tmp_path / "run" / FOLDERS[1]).glob("*.pt"))
+
+
+@pytest.mark.parametrize("changes,said", [
+    ({"init": f"{FOLDERS[1]}/last.pt"}, "holds what this run starts from"),
+    ({"teacher": "encoder.pt"}, "holds what this run starts from"),
+    ({"model": "torchvision:resnet18", "phase_sizes": "32,64", "mask_unit": 8, "micro_batch": 1, "window": None},
+     "BatchNorm needs two images"),
+    ({"overwrite": None, "phase_sizes": "64,64x96"}, "holds a run: --resume")],
+    ids=["init", "teacher", "BatchNorm", "another first phase"])
+def test_phases_replace_nothing_before_the_first_one_begins(changes, said, run, tmp_path):
+    short = {**PHASES, "phase_sizes": "32,64x96", "phase_epochs": "0.2,0.2", "phase_batches": "none", "batch_size": 4}
+    assert run("run", **short).code == 0
+    before = snapshot(tmp_path / "run")
+    changes = {name: tmp_path / "run" / value if name in ("init", "teacher") else value
+               for name, value in changes.items()}
+    done = run("run", **{**short, "overwrite": True, **changes})
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done.err
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_phases_resume_from_a_predecessor_and_without_config_yaml(run, tmp_path):
+    """A kill between two renames leaves previous.last.pt alone; one of the machine may leave half a config.yaml. The
+    config.yaml of a phase makes the same run again."""
+    short = {**PHASES, "phase_epochs": "0.12,0.4"}  # one step, then two
+    assert run("run", **short).code == 0
+    assert run("parts", **{**short, "max_steps": 2}).code == 0
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    phase = tmp_path / "moved" / FOLDERS[1]
+    (phase / "last.pt").rename(phase / "previous.last.pt")
+    (phase / "config.yaml").write_text("half: [")
+    done = run("moved", **short, resume=True)
+    assert done.code == 0 and done.err == "", done.err
+    assert equal(*(torch.load(tmp_path / out / FOLDERS[1] / "last.pt")["model"] for out in ("run", "moved")))
+    recipe = tmp_path / "run" / FOLDERS[0] / "config.yaml"
+    args = flags(config=recipe, out=tmp_path / "again", device="cpu")
+    assert fastmim.main([str(arg) for arg in args]) == 0
+    assert equal(*(torch.load(path / "last.pt")["model"] for path in (recipe.parent, tmp_path / "again")))
+
+
+@pytest.mark.parametrize("value", [["a", "b"], [64], [2**40, 2**40], 64])
+def test_a_crafted_run_to_start_from_is_one_line(run, tmp_path, value):
+    assert run("run", max_steps=1).code == 0
+    saved = torch.load(tmp_path / "run" / "last.pt")
+    saved["config"]["img_size"] = value
+    torch.save(saved, tmp_path / "crafted.pt")
+    done = run("next", init=tmp_path / "crafted.pt", img_size=64)
+    assert done.code == 2 and "another script's run" in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_a_run_starts_from_one_that_agrees_in_what_counts(run, tmp_path):
+    """Not in how a default is written, nor in masks; but in heads, which no shape shows."""
+    small = {"model": "swin_tiny", "window": 2, "max_steps": 1}
+    assert run("run", **small, patch_size=4, mask_unit=8, decoder_heads=2).code == 0
+    start = {**small, "init": tmp_path / "run" / "last.pt"}
+    done = run("next", **start, patch_size=0, img_size=128, mask_unit=64, mask_ratio=0.5, decoder_heads=2)
+    assert done.code == 0 and "weights start from" in done.out, done.err
+    done = run("heads", **start, patch_size=0, mask_unit=8, decoder_heads=1)
+    assert done.code == 2 and "--decoder_heads 2, not 1" in done.err
 
 
 def test_a_signal_in_the_last_step_of_a_phase_ends_the_command_there(run, tmp_path, monkeypatch):
