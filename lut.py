@@ -9,9 +9,9 @@ where the teacher's vector of the other view points.
       +-- view 2 in full --teacher's encoder, mean, projector--> (B,D) <--cosine--> (B,D), and the other way round
 
 Paper: Kim et al., Learning with Unmasked Tokens Drives Stronger Vision Learners, arXiv 2310.13593. What main() calls
-imgs (B, C, H, W) are pairs of views here, (B, 2, C, H, W).
+imgs or sample (B, C, H, W) are pairs of views here, (B, 2, C, H, W), and its noise (B, N) is (B, N + 2).
 
-    CPU     python lut.py --config configs/lut_tiny.yaml --out runs/lut                             (not measured)
+    CPU     python lut.py --config configs/lut_tiny.yaml --out runs/lut                             (8 epochs: 0.44)
     1 GPU   python lut.py --config configs/lut_vit_b.yaml --data /data/imagenet --out runs/lut_b    (not measured)
     8 GPUs  torchrun --nproc-per-node 8 lut.py --config configs/lut_vit_b.yaml --data /data/imagenet --out runs/lut_b
 """
@@ -41,18 +41,19 @@ class Config(engine.RunConfig):
     decoder_depth: int = 8  # blocks
     decoder_width: int = 512  # channels
     decoder_heads: int = 16  # attention heads
-    context_weight: float = 0.25  # of the context loss, beside MAE's
+    context_weight: float = 0.25  # of the context loss; with 0 and --one_directional it is MAE on LUT's crops
+    pixel_weight: float = 1.0  # of MAE's loss beside it; 0 for the context loss alone
     one_directional: bool = False  # the student sees view 1 alone and the teacher view 2 alone: cheaper
-    steering: str = "unmasked"  # what the context loss acts on: unmasked tokens, masked (of the decoder), both
-    context: str = "pooled"  # what is compared: cls, pooled (mean of tokens), tokens (place by place), pooled+tokens
-    context_loss: str = "cosine"  # cosine, infonce, smooth_l1
+    steering: str = "unmasked"  # what the context loss acts on: unmasked tokens, masked (the decoder's: ours), both
+    context: str = "pooled"  # cls, pooled (mean of tokens), tokens (place by place), pooled+tokens (their sum: ours)
+    context_loss: str = "cosine"  # cosine, infonce (temperature 0.2: ours), smooth_l1 (of unnormalised vectors: ours)
     head_width: int = 4096  # hidden channels of projector and predictor
     target_mask_ratio: float = 0.0  # share of patches that the teacher does not see, in [0, 1)
     ema_decay: float = 0.996  # of the teacher at the first step; a cosine takes it to 1 at the last
     img_size: engine.Size = (224, 224)  # height x width in pixels
     in_chans: int = 3  # image channels
-    crop: str = "simple"  # simple (resized to cover img_size, then cut out anywhere), random_resized
-    shift: int = 4  # pixels of mirrored border that a crop may reach into; MAE's random_resized has 0
+    crop: str = "simple"  # simple (resized to cover img_size, then cut out anywhere), random_resized (with --shift 0)
+    shift: int = 4  # pixels of mirrored border that a crop may reach into
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area that a random_resized crop covers
     flip: float = 0.5  # probability of a horizontal flip, for each view
     view_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # view 2: brightness to hue, with p 0.8
@@ -62,9 +63,10 @@ class Config(engine.RunConfig):
     batch_size: int = 4096  # images of one optimizer step, over all processes
     micro_batch: int = 128  # images that one process holds at once
     base_lr: float = 1.5e-4  # per lr_batch images: lr = base_lr * batch_size / lr_batch
-    lr_batch: int = 256  # images that base_lr is stated for; 4 sqrt(batch_size) is the released code's rule
+    lr_batch: float = 256.0  # images that base_lr is stated for; 4 sqrt(batch_size) is the released code's rule
     min_lr: float = 0.0  # end of the cosine
     weight_decay: float = 0.05  # AdamW
+    # DIFF: LUT's text has betas of 0.9, 0.999 and a layer decay of 0.65; as in its code, 0.9, 0.95 and none.
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     clip_grad: float = 0.0  # largest gradient norm; 0 for no clipping
 
@@ -88,7 +90,6 @@ class LUT(nn.Module):
         self.projector, self.predictor, projector = (models.mlp_head(D, cfg.head_width) for _ in range(3))
         self.teacher = nn.ModuleDict({"encoder": encoder, "projector": projector}).requires_grad_(False).eval()
         self.update_ema(0.0)  # makes it a copy of the student
-        # DIFF: LUT's text has betas of 0.9, 0.999 and a layer decay of 0.65; as in its code, 0.9, 0.95 and none.
         # DIFF: LUT's text has one masked view and the other in full, as --one_directional; here as in its code, both.
         self.views = 1 if cfg.one_directional else 2  # V
         self.N = encoder.grid[0] * encoder.grid[1]
@@ -98,7 +99,7 @@ class LUT(nn.Module):
         self.input_shape = (2, cfg.in_chans, *cfg.img_size)
 
     def train(self, mode=True):
-        """The teacher stays in eval mode: its BatchNorm goes by running averages, which are averaged like weights."""
+        """The teacher stays in eval mode: its BatchNorm has averages, which lag by some 1 / (1 - ema_decay) steps."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -187,7 +188,7 @@ class LUT(nn.Module):
             return 2 - 2 * (student * teacher).sum(dim=1).mean()
         keys, own = models.everyones(teacher)  # (n of all processes, D): wrong answers but for one each
         with torch.autocast(keys.device.type, enabled=False):
-            return F.cross_entropy(student @ keys.T / 0.2, torch.arange(len(keys), device=keys.device)[own])  # MoCo v3
+            return F.cross_entropy(student @ keys.T / 0.2, torch.arange(len(keys), device=keys.device)[own])
 
     def forward(self, imgs, noise):
         """imgs (B, 2, C, H, W) normalised, noise (B, N + 2) uniform in [0, 1) -> loss, a scalar."""
@@ -198,7 +199,7 @@ class LUT(nn.Module):
         latent = self.encode(self.embed(views[:V].flatten(0, 1)), ids_keep)  # (V*B, 1 + N_keep, D)
         n = B if self.cfg.steering == "unmasked" else V * B  # only view 1 is painted
         decoded = self.decode(latent[:n], ids_restore[:n])
-        loss = self.loss(self.decoder.pred(decoded[:B]), self.target(views[0]), mask[:B])
+        loss = self.cfg.pixel_weight * self.loss(self.decoder.pred(decoded[:B]), self.target(views[0]), mask[:B])
         return loss + self.cfg.context_weight * self.context(latent, decoded, ids_restore, taught)
 
     def update_ema(self, decay):
@@ -218,12 +219,13 @@ def check(cfg, encoder):
                    context="pooled cls tokens pooled+tokens", context_loss="cosine infonce smooth_l1")
     if encoder.num_prefix == 0:
         raise ValueError(f"{cfg.model} cannot encode a set of patches, as a ViT can; um_mae.py is for pyramids")
-    if not 0.5 <= cfg.mask_ratio < 1 or encoder.grid == (1, 1) or cfg.head_width < 1:
-        raise ValueError("views of at least two patches that show no place twice need --mask_ratio in [0.5, 1), and "
-                         f"--head_width is 1 or more, not {cfg.mask_ratio} and {cfg.head_width}")
-    if ("tokens" in cfg.context and cfg.target_mask_ratio) or (cfg.context == "cls" and cfg.steering != "unmasked"):
-        raise ValueError(f"--context {cfg.context} does not go with --target_mask_ratio {cfg.target_mask_ratio} and "
-                         f"--steering {cfg.steering}")
+    if not 0.5 <= cfg.mask_ratio < 1 or encoder.grid == (1, 1):
+        raise ValueError("views of at least two patches that show no place twice need --mask_ratio in [0.5, 1), not "
+                         f"{cfg.mask_ratio} of {encoder.grid[0]}x{encoder.grid[1]} patches")
+    if "tokens" in cfg.context and cfg.target_mask_ratio:
+        raise ValueError(f"--context {cfg.context} needs all of the teacher's: --target_mask_ratio 0")
+    if cfg.context == "cls" and cfg.steering != "unmasked":
+        raise ValueError(f"--context cls is no token that --steering {cfg.steering} could speak of")
     if min(cfg.micro_batch, cfg.batch_size) < 2 or not cfg.drop_last:
         raise ValueError("BatchNorm needs two images at once, and as many on every process: --micro_batch 2 or more, "
                          "and no --drop_last false")

@@ -239,7 +239,7 @@ def check_ranges(cfg):
     given = vars(cfg)
     for name in ("base_lr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "mixup", "cutmix", "color_jitter",
                  "shift", "labels", "picture_epochs", "probe_epochs", "probe_labels", "eval_epochs", "context_weight",
-                 "teacher_weight"):
+                 "pixel_weight", "teacher_weight"):
         if given.get(name, 0) < 0:
             fail(f"--{name} must be 0 or more, not {given[name]}")
     for name in ("flip", "random_erasing", "smoothing", "layer_decay", "ema_decay"):
@@ -248,8 +248,9 @@ def check_ranges(cfg):
     for name in ("drop_path", "target_mask_ratio"):
         if not 0 <= given.get(name, 0) < 1:
             fail(f"--{name} must lie in [0, 1), not {given[name]}")
-    if given.get("lr_batch", 1) < 1:
-        fail(f"--lr_batch must be 1 or more, not {cfg.lr_batch}")
+    for name in ("lr_batch", "head_width"):
+        if given.get(name, 1) < 1:
+            fail(f"--{name} must be 1 or more, not {given[name]}")
     if not 0 < cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1:
         fail(f"--crop_scale takes two shares, 0 < smallest <= largest <= 1, not {cfg.crop_scale}")
     if not all(0 <= beta < 1 for beta in cfg.betas):
@@ -277,7 +278,8 @@ def plain(value):
 
 
 def fixed(cfg):
-    """The options that a resumed run must share with its beginning: all but those that cannot change a number."""
+    """The options that a resumed run must share with its beginning: all but those that cannot change a number, as far
+    as BatchNorm, which sees what is held at once, leaves --micro_batch among these."""
     tied = {"data", "max_bad", "schedule", "seed", "drop_last", "precision"}  # among the options of any run
     free = {f.name for f in dataclasses.fields(RunConfig)} - tied
     free |= {"micro_batch", "eval_epochs", "confusion", "corruptions", "neighbours"}

@@ -13,6 +13,7 @@ import torch.nn as nn
 import engine
 import finetune
 import layers
+import lut
 import mae
 import models
 
@@ -93,13 +94,14 @@ def test_noise_depends_on_its_place_alone():
 
 
 def planned(cfg, build, capsys):
-    """The numbers that --plan prints: parameters, GFLOPs of an image, MB kept an image, {micro_batch: GB}."""
+    """The numbers that --plan prints: parameters, GFLOPs of an image forward and in a step, MB kept an image,
+    {micro_batch: GB}."""
     engine.plan(cfg, build)
     text = capsys.readouterr().out
-    count, flops, kept = (float(re.search(pattern, text)[1]) for pattern in
-                          (r"([\d.]+) M (?:trained )?parameters", r"([\d.]+) GFLOPs", r"([\d.]+) MB an image"))
+    count, flops, step, kept = (float(re.search(rf"([\d.]+) {what}", text)[1]) for what in
+                                ("M trained parameters", "GFLOPs", "in a step", "MB an image"))
     table = {int(n): float(gb) for n, gb in re.findall(r"--micro_batch (\d+) +([\d.]+) GB", text)}
-    return types.SimpleNamespace(count=count, flops=flops, kept=kept, table=table, text=text)
+    return types.SimpleNamespace(count=count, flops=flops, step=step, kept=kept, table=table, text=text)
 
 
 def really_kept(model, B, *inputs, dtype=torch.float32):
@@ -141,6 +143,7 @@ def test_plan_counts_flops_and_memory(capsys):
 
     matmuls = 2 * N * 192 * D + 4 * block(1 + keep, D) + 2 * (1 + keep) * D * d + block(1 + N, d) + 2 * N * d * 192
     assert plan.flops == pytest.approx(matmuls / 1e9, rel=0.02, abs=0.005)
+    assert plan.step == pytest.approx(3 * matmuls / 1e9, rel=0.06)  # no gradient of the images; two decimals
     assert deeper.flops - plan.flops == pytest.approx(2 * block(1 + N, d) / 1e9, abs=0.011)
     steps = [plan.table[128] - plan.table[64], plan.table[256] - plan.table[128]]
     assert steps == pytest.approx([64 * plan.kept / 1e3, 128 * plan.kept / 1e3], abs=0.02)
@@ -155,6 +158,18 @@ def test_plan_of_finetuning(capsys):
     assert plan.count == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.05)
     sizes = [really_kept(model, B, torch.randn(B, 3, 160, 160), torch.rand(B, model.num_noise)) for B in (2, 4)]
     assert plan.kept == pytest.approx((sizes[1] - sizes[0]) / 2 / 1e6, rel=0.02, abs=0.06)
+
+
+def test_a_plan_knows_what_does_not_go_backward(capsys):
+    """The teacher of LUT, which takes more than half of the forward, and a frozen encoder."""
+    cfg = lut.Config(model="vit_tiny", patch_size=8, img_size=(160, 160), precision="fp32", decoder_depth=1,
+                     decoder_width=32)
+    plan = planned(cfg, lut.LUT, capsys)
+    assert plan.flops < plan.step < 2 * plan.flops
+    cfg = finetune.Config(model="vit_tiny", patch_size=8, img_size=(160, 160), in_chans=3, precision="fp32",
+                          mode="linear", head_norm="batch")
+    plan = planned(cfg, lambda cfg: finetune.build_classifier(cfg, None, list("abcde")), capsys)
+    assert plan.step == plan.flops > 0
 
 
 def fake_run(tmp_path, **changes):

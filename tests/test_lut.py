@@ -312,6 +312,7 @@ BAD = [({"mask_ratio": 0.4}, ["--mask_ratio", "0.4", "[0.5, 1)"]), ({"steering":
        ({"context": "cls", "steering": "both"}, ["--context cls", "--steering"]), ({"crop": "none"}, ["--crop"]),
        ({"micro_batch": 1}, ["--micro_batch", "2"]), ({"drop_last": "false"}, ["--drop_last"]),
        ({"ema_decay": 1.5}, ["--ema_decay"]), ({"context_weight": -1}, ["--context_weight"]),
+       ({"pixel_weight": -1}, ["--pixel_weight"]),
        ({"head_width": 0}, ["--head_width"]), ({"view_jitter": "0.4,0.4,0.2,0.9"}, ["--view_jitter", "0.9"]),
        ({"model": "swin_tiny"}, ["swin_tiny"]), ({"patch_size": 16}, ["two patches"]), ({"shift": 16}, ["--shift"])]
 
