@@ -39,6 +39,7 @@ LEARNS = {  # name: words of its pre-training
     "FastMIM ResNet-18":
         "fastmim.py --config configs/fastmim_tiny.yaml --model torchvision:resnet18 --patch_size 0 --mask_unit 8",
     "LUT ViT": "lut.py --config configs/lut_tiny.yaml",
+    "LUT ViT without context": "lut.py --config configs/lut_tiny.yaml --context_weight 0 --one_directional true",
 }
 TESTS = {  # name: words of its finetune.py
     "200 labels": ["--labels", 200, "--epochs", BUDGET[200]],
