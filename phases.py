@@ -64,7 +64,6 @@ def phases_of(cfg):
         raise ValueError(f"--phase_sizes {cfg.phase_sizes}: no such images")
     # DIFF: FastMIM-P's paper does not say what becomes of schedule and optimizer between phases. Here both start anew:
     # resized tables have no moments, batch and learning rate may change, and so every phase ends with a usable encoder.
-    # DIFF: Swin's windows grow with the images (8, 10, 12 at 128, 160, 192 px); the paper resizes a table of window 14.
     outs = [Path(cfg.out) / (f"phase{i + 1}_{h}px" if h == w else f"phase{i + 1}_{h}x{w}px")
             for i, (h, w) in enumerate(sizes)]
     begun = [i for i, out in enumerate(outs) if cfg.resume and checkpoint.either(out / "last.pt")]
@@ -73,6 +72,7 @@ def phases_of(cfg):
         init = outs[i - 1] / "last.pt" if i else cfg.init
         if i and begun[-1:] == [i]:
             init = init_of(outs[i] / "last.pt")
+        # DIFF: Swin's windows grow with the images (8, 10, 12 at 128, 160, 192 px); the paper resizes those of 14.
         window = max(1, round(cfg.window * min(h, w) / min(sizes[0])))
         seed = engine.seed_of(cfg.seed, "phase", i)  # other orders, crops and masks than in the phase before
         own = {"phase_sizes": "none", "phase_epochs": "none", "phase_batches": "none", "img_size": f"{h}x{w}",
