@@ -16,7 +16,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup
-	$(PY) demo.py --seeds "$(SEEDS)"
+	$(PY) -m tools.demo --seeds "$(SEEDS)"
 
 # In two processes, one for each of two cores; what the second one says comes last.
 test: setup
@@ -29,7 +29,7 @@ lint: setup
 	$(PY) -m ruff check .
 
 lines:
-	@wc -l *.py
+	@wc -l *.py common/*.py tools/*.py
 
 diff:
 	@diff --side-by-side --suppress-common-lines --width 200 $(A).py $(B).py || true

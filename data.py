@@ -17,10 +17,10 @@ import torch
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from engine import fail, seed_of, user_errors
-from files import Broken, check
-from sources import SPLITS, Folder, Memory, Shapes, balanced, open_source, shapes_batch  # noqa: F401
-from transforms import CentreCrop, augmentation, denormalize, normalize, three_augment, with_defaults  # noqa: F401
+from common.engine import fail, seed_of, user_errors
+from common.files import Broken, check
+from common.sources import SPLITS, Folder, Memory, Shapes, balanced, open_source, shapes_batch  # noqa: F401
+from common.transforms import CentreCrop, augmentation, denormalize, normalize, three_augment, with_defaults  # noqa: F401
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets: a source and a transform, such that every image's randomness is its own

@@ -22,12 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-import engine
-import evaluate
-import figures
 import models
-import phases
-import teachers
+from common import engine, evaluate, figures, phases, teachers
 
 
 @dataclass

@@ -23,15 +23,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoint
 import data
-import engine
-import evaluate
 import models
-import protocols
-import weights
-from options import judges, one_of
-from transforms import always_alike, mix
+from common import checkpoint, engine, evaluate, protocols, weights
+from common.options import judges, one_of
+from common.transforms import always_alike, mix
 
 
 @dataclasses.dataclass

@@ -24,11 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-import engine
-import evaluate
-import figures
 import models
-import options
+from common import engine, evaluate, figures, options
 
 
 @dataclass

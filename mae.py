@@ -20,10 +20,8 @@ import torch
 import torch.nn as nn
 
 import data
-import engine
-import evaluate
-import figures
 import models
+from common import engine, evaluate, figures
 
 
 @dataclass

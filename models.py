@@ -27,8 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import backbones
-from layers import (  # Decoder, patchify, unpatchify, ...: method files use them as models.*
+from common import backbones
+from common.layers import (  # Decoder, patchify, unpatchify, ...: method files use them as models.*
     Attention,
     Block,
     ConvAttention,

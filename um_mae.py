@@ -24,10 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-import engine
-import evaluate
-import figures
 import models
+from common import engine, evaluate, figures
 
 
 @dataclass

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import data
-import layouts
+from common import layouts
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))  # another directory of cases, same names
 

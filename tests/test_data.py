@@ -16,8 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-import files
-import transforms
+from common import files, transforms
 
 
 def config(**options):

@@ -13,12 +13,10 @@ from conftest import ROOT, batch, equal, finish, flags, gradients, log_of, snaps
 
 import data
 import fastmim
-import figures
 import finetune
 import lut
 import mae
-import teachers
-import weights
+from common import figures, teachers, weights
 
 KINDS = {"vit": {"model": "vit_tiny", "patch_size": 16}, "vit 4 px": {"model": "vit_tiny", "patch_size": 4},
          "swin": {"model": "swin_tiny"}, "swin 16 px": {"model": "swin_tiny", "mask_unit": 16},

@@ -10,13 +10,9 @@ import torch.nn.functional as F
 from conftest import equal, log_of, snapshot
 
 import data
-import engine
-import evaluate
 import finetune
-import layers
 import mae
-import protocols
-import weights
+from common import engine, evaluate, layers, protocols, weights
 
 HERE = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"), dtype=torch.float32)
 

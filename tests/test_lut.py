@@ -13,12 +13,9 @@ from conftest import ROOT, equal, finish, log_of, start, torchrun
 from PIL import Image, ImageFilter, ImageOps
 
 import data
-import engine
-import layers
 import lut
 import models
-import options
-import transforms
+from common import engine, layers, options, transforms
 
 SMALL = {"model": "vit_tiny", "img_size": (32, 32), "patch_size": 8, "decoder_depth": 1, "decoder_width": 32,
          "decoder_heads": 2, "head_width": 48}
@@ -364,7 +361,8 @@ DRIVER = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-import layers, lut
+from common import layers
+import lut
 
 join, leave = dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)
@@ -460,7 +458,7 @@ GATHER = """
 import sys
 import torch
 import torch.distributed as dist
-from layers import everyones
+from common.layers import everyones
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -9,9 +9,9 @@ import torch
 from conftest import log_of
 
 import data
-import engine
 import mae
 import models
+from common import engine
 
 
 def config(**options):

@@ -14,17 +14,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-import checkpoint
 import data
-import engine
 import fastmim
 import finetune
 import lut
 import mae
 import models
-import protocols
 import simmim
 import um_mae
+from common import checkpoint, engine, protocols
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))
 HEADS = 4  # of encoder and decoder: the one number that the arrays do not tell

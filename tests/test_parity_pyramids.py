@@ -6,9 +6,8 @@ import pytest
 import torch
 from torchvision.models.swin_transformer import SwinTransformer
 
-import checkpoint
 import models
-import weights
+from common import checkpoint, weights
 
 # -------------------- An independent Swin, and definitions --------------------
 

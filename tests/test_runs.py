@@ -22,10 +22,9 @@ import yaml
 from conftest import ROOT, equal, finish, flags, log_of, snapshot, start, torchrun
 from matplotlib.figure import Figure
 
-import engine
 import finetune
 import mae
-import options
+from common import engine, options
 
 SCRIPTS = {"mae": mae, "finetune": finetune}
 
@@ -415,7 +414,10 @@ DRIVER = """
 import hashlib, json, os, sys
 import torch
 import torch.distributed as dist
-import data, engine, finetune, mae
+import data
+from common import engine
+import finetune
+import mae
 
 # The runs share one process group: a third one in the same process does not come about.
 join, leave = dist.init_process_group, dist.destroy_process_group
@@ -568,7 +570,7 @@ def script_of(recipe):
     known = sorted((path.stem for path in ROOT.glob("*.py")), key=len, reverse=True)
     name = next((name for name in known if recipe.stem.startswith(name)), None)
     protocols = dict.fromkeys(("linear", "partial", "scratch"), "finetune")
-    others = {"tiny": "mae", **protocols, "um": "simmim"}  # um_simmim: the comparison of UM-MAE's paper
+    others = {"tiny": "mae", "dense": "tools.dense", **protocols, "um": "simmim"}  # um_simmim: UM-MAE's comparison
     return importlib.import_module(name or others[recipe.stem.split("_")[0]])
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import ROOT, batch, equal, flags, gradients, log_of
 
-import checkpoint
 import data
 import finetune
 import simmim
+from common import checkpoint
 
 KINDS = {"swin": {"model": "swin_tiny", "window": 4}, "continuous": {"model": "swin_tiny", "bias": "continuous"},
          "pvt": {"model": "pvt_tiny"}, "vit": {"model": "vit_tiny", "patch_size": 16},

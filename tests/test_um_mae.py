@@ -11,7 +11,7 @@ import data
 import finetune
 import models
 import um_mae
-import weights
+from common import weights
 
 KINDS = {"swin": {"model": "swin_tiny", "window": 8}, "pvt": {"model": "pvt_tiny"},
          "vit": {"model": "vit_tiny", "patch_size": 8}}

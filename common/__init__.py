@@ -1,0 +1,1 @@
+"""What all scripts share. Nothing here imports a method, `models`, `data` or `tools`."""

@@ -1,0 +1,602 @@
+"""Weights from elsewhere and to elsewhere: the names and files of other code, and what of them is refused."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pickle
+import random
+import re
+import sys
+import types
+
+import numpy as np
+import parity
+import pytest
+import torch
+import torch.nn as nn
+import torchvision
+from conftest import equal, flags, snapshot
+
+import finetune
+import models
+from common import checkpoint, tensorfile, weights
+
+DEPTHS = (2, 1, 1, 1)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The sizes of the golden cases."""
+    monkeypatch.setitem(models.SWIN, "swin_golden", (16, DEPTHS, (2, 2, 4, 4), 32))
+    monkeypatch.setitem(models.PVT, "pvt_golden", ((16, 32, 48, 64), DEPTHS, (1, 2, 3, 4), (4, 4, 2, 2)))
+    monkeypatch.setitem(models.VIT, "vit_golden", (48, 2, 4))
+
+
+def rebuild(saved, **changes):
+    """The encoder of an encoder.pt, with its weights."""
+    arch = {**saved["arch"], **changes}
+    encoder = models.build(arch["model"], arch["img_size"], arch["patch_size"], arch["in_chans"], learn_positions=True,
+                           **arch["options"])
+    weights.load_encoder(encoder, saved, "file")
+    return encoder.eval()
+
+
+def stirred(module, seed=0):
+    """Random biases, tokens and norms, too: zeros and ones would hide a swapped name."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    return module.eval()
+
+
+def classifier(encoder, pool="mean", head_norm="layer", K=7):
+    model = finetune.Classifier(encoder, K, pool, head_norm)
+    if head_norm == "batch":
+        model.fc_norm.running_mean.normal_()
+        model.fc_norm.running_var.uniform_(0.5, 2)
+    return stirred(model)
+
+
+def saved_of(model):
+    """encoder.pt of a classifier."""
+    return {"arch": model.encoder.arch, "model": model.encoder.state_dict(), "method": "Classifier", "step": 5,
+            "classifier": model.export([f"class {i}" for i in range(len(model.head.weight))])}
+
+
+VIT = ("vit_tiny", (32, 32), 8)
+
+
+@pytest.fixture
+def mae_file(tmp_path):
+    """(path, encoder): a ViT as MAE's code publishes it, decoder and all."""
+    encoder = stirred(models.build(*VIT, learn_positions=True))
+    extra = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8),
+             "decoder_blocks.0.norm1.weight": torch.ones(8), "decoder_blocks.0.norm1.bias": torch.ones(8)}
+    torch.save({"model": {**encoder.state_dict(), **extra}}, tmp_path / "mae.pth")
+    return tmp_path / "mae.pth", encoder
+
+
+# Names
+
+
+KIND = {"fastmim_swin_hog": "swin", "simmim_swin": "swin", "um_mae_swin": "swin", "um_mae_pvt": "pvt"}
+
+
+@pytest.mark.parametrize("name", ["mae_normpix", "simmim_swin", "simmim_vit", "um_mae_swin", "um_mae_pvt",
+                                  "fastmim_vit_hog", "fastmim_swin_hog", "lut"])
+def test_published_names_of_pretraining(name, small, tmp_path, capsys):
+    _, imgs, theirs = parity.case(name)
+    torch.save({"model": theirs, "args": argparse.Namespace(lr=1), "epoch": 7}, tmp_path / "published.pth")
+    saved = weights.read_encoder(tmp_path / "published.pth")
+    kind, size = KIND.get(name, "vit"), imgs.shape[-1]
+    assert saved["arch"]["model"] == f"{kind}_golden" and "classifier" not in saved
+    if name != "um_mae_swin":  # which fits any size, and has no table that would tell
+        assert saved["arch"]["img_size"] == [size, size]
+    encoder = rebuild(saved)
+    out = capsys.readouterr().out
+    assert "licence" in out and "left over: " in out and ("decoder" in out) and "mask_token" in out
+    assert f"loaded {len(encoder.state_dict())} tensors of {kind}_golden" in out
+    ours = parity.encoder_tensors(theirs)
+    assert all(torch.equal(tensor, ours[n].view_as(tensor)) for n, tensor in encoder.state_dict().items() if n in ours)
+
+
+@pytest.mark.parametrize("name,options", [
+    ("finetune_vit_mean", {}), ("finetune_vit_cls", {}), ("finetune_um_pvt", {}),
+    ("finetune_um_swin", {"window": 8, "img_size": (64, 64)})])
+def test_published_classifiers_make_the_published_logits(name, options, small, tmp_path):
+    arrays, imgs, theirs = parity.case(name)
+    torch.save({"model": theirs}, tmp_path / "published.pth")
+    cfg, saved = finetune.resolve(finetune.Config(init=str(tmp_path / "published.pth"), eval=True, **options))
+    model = finetune.build_classifier(cfg, saved, list("abcde")).eval()
+    np.testing.assert_allclose(model(imgs).detach().numpy(), arrays["logits"], rtol=1e-4, atol=1e-4)
+
+
+def hugging_face(tensors, mae=False):
+    """Our ViT's tensors under the names of Hugging Face's ViT or ViTMAE."""
+    theirs = {}
+    for name, tensor in tensors.items():
+        name = re.sub(r"^blocks\.(\d+)", r"vit.encoder.layer.\1", name)
+        for ours, other in [("cls_token", "vit.embeddings.cls_token"), ("norm1", "layernorm_before"),
+                            ("pos_embed", "vit.embeddings.position_embeddings"), ("norm2", "layernorm_after"),
+                            ("patch_embed.proj", "vit.embeddings.patch_embeddings.projection"),
+                            ("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
+                            ("mlp.fc2", "output.dense"), ("attn.qkv", "attention.attention.qkv")]:
+            name = name.replace(ours, other)
+        name = "vit.layernorm." + name.removeprefix("norm.") if name.startswith("norm.") else name
+        if "qkv" in name:
+            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+            theirs |= {name.replace("qkv", part): value for part, value in parts}
+        else:
+            theirs[name] = tensor
+    more = {"decoder.decoder_layers.0.attention.attention.query.weight": torch.ones(4, 4),
+            "decoder.mask_token": torch.ones(1, 1, 4)} if mae else {"classifier.weight": torch.ones(3, 96),
+                                                                    "classifier.bias": torch.ones(3)}
+    return {**theirs, **more}
+
+
+@pytest.mark.parametrize("mae", [False, True], ids=["ViT", "ViTMAE"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_names_of_hugging_face(tmp_path, mae, prefix):
+    encoder = stirred(models.build(*VIT, learn_positions=True))
+    theirs = hugging_face(encoder.state_dict(), mae)
+    if not prefix:
+        theirs = {name.removeprefix("vit."): tensor for name, tensor in theirs.items()}
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        tensorfile.save((theirs, {"format": "pt"}), file)
+    saved = weights.read_encoder(tmp_path / "model.safetensors")
+    assert equal(dict(rebuild(saved).state_dict()), dict(encoder.state_dict()))
+    assert any("decoder (2)" in note for note in saved["notes"]) == mae and ("classifier" in saved) != mae
+
+
+def test_a_name_that_no_one_knows_is_refused_and_not_left_over(mae_file):
+    """Register tokens, for one: without them the encoder would compute something else."""
+    path, encoder = mae_file
+    torch.save({**encoder.state_dict(), "reg_token": torch.zeros(1, 4, 96)}, path)
+    with pytest.raises(ValueError, match=r"mae\.pth is of another architecture.*reg_token"):
+        weights.read_encoder(path)
+
+
+def test_a_tensor_that_would_stay_unset_is_refused(mae_file):
+    path, encoder = mae_file
+    tensors = encoder.state_dict()
+    del tensors["blocks.2.mlp.fc1.bias"]
+    torch.save(tensors, path)
+    with pytest.raises(ValueError, match=r"lacks \['blocks\.2\.mlp\.fc1\.bias'\]"):
+        weights.read_encoder(path)
+
+
+# Architecture
+
+
+@pytest.mark.parametrize("size,window,told", [((64, 64), 4, True), ((64, 64), 2, False), ((128, 128), 4, False),
+                                              ((96, 96), 6, True)])
+def test_window_and_image_size_of_a_swin(tmp_path, size, window, told):
+    encoder = models.build("swin_tiny", size, window=window)
+    torch.save(encoder.state_dict(), tmp_path / "swin.pth")
+    saved = weights.read_encoder(tmp_path / "swin.pth")
+    assert saved["arch"] == encoder.arch
+    assert any("--init_size" in note for note in saved["notes"]) != told
+    given = weights.read_encoder(tmp_path / "swin.pth", size)
+    assert given["arch"] == encoder.arch and not any("--init_size" in note for note in given["notes"])
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "shared_bias", "layer_scale": 0.1},
+                                     {"positions": "block_bias", "layer_scale": 0.1}], ids=repr)
+def test_a_grid_that_is_no_square_must_be_told(tmp_path, options):
+    encoder = models.build("vit_tiny", (16, 32), 8, 4, **options)
+    torch.save(encoder.state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=r"vit\.pth.*--init_size"):
+        weights.read_encoder(tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=r"vit\.pth"):  # of other images
+        weights.read_encoder(tmp_path / "vit.pth", (32, 32))
+    assert weights.read_encoder(tmp_path / "vit.pth", (16, 32))["arch"] == encoder.arch
+
+
+def test_sizes_without_an_encoder_are_told_with_those_that_exist(tmp_path):
+    encoder = models.ViT("odd", (32, 32), 8, 3, 36, 2, 2)
+    torch.save(encoder.state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=r"vit\.pth: no encoder of ours has.*\(36, 2\).*vit_tiny \(96, 4\)"):
+        weights.read_encoder(tmp_path / "vit.pth")
+
+
+def test_the_six_heads_of_fastmim_are_told(mae_file, monkeypatch):
+    path, encoder = mae_file
+    monkeypatch.setattr(models, "VIT", {"vit_b": models.VIT["vit_tiny"]})
+    for colour in (False, True):
+        torch.save({**encoder.state_dict(), "mask_token": torch.zeros((1, 3, 1, 1) if colour else (1, 1, 96))}, path)
+        saved = weights.read_encoder(path)
+        assert any("6 heads" in note for note in saved["notes"]) == colour
+        assert (saved["method"] == "FastMIM") == colour
+
+
+# Files
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def forms(tensors, path):
+    """The same weights in every form of file: {what: function that writes it and returns its path}."""
+    def torch_file(content, **how):
+        torch.save(content, path.with_suffix(".pth"), **how)
+        return path.with_suffix(".pth")
+
+    def safe():
+        with open(path.with_suffix(".safetensors"), "wb") as file:
+            tensorfile.save((tensors, {}), file)
+        return path.with_suffix(".safetensors")
+
+    options = argparse.Namespace(lr=0.1, betas=(0.9, 0.95), resume="", nested=argparse.Namespace(a=1))
+    parallel = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    return {"alone": lambda: torch_file(tensors), "model": lambda: torch_file({"model": tensors, "epoch": 3}),
+            "state_dict": lambda: torch_file({"state_dict": parallel}), "safetensors": safe,
+            "Namespace": lambda: torch_file({"model": tensors, "args": options, "optimizer": {}, "scaler": {}}),
+            "old": lambda: torch_file({"model": tensors, "args": options}, _use_new_zipfile_serialization=False)}
+
+
+@pytest.mark.parametrize("form", ["alone", "model", "state_dict", "Namespace", "old", "safetensors"])
+def test_every_form_of_file(mae_file, form):
+    path, encoder = mae_file
+    saved = weights.read_encoder(forms(encoder.state_dict(), path)[form]())
+    assert equal(dict(rebuild(saved).state_dict()), dict(encoder.state_dict()))
+    assert any("no checksums" in note for note in saved["notes"]) == (form == "old")
+
+
+def test_a_cfg_node_is_read_as_a_dict_and_its_package_is_not_needed(mae_file, monkeypatch):
+    path, encoder = mae_file
+    node = type("CfgNode", (dict,), {"__module__": "yacs.config"})  # as SimMIM's code pickles its options
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", types.SimpleNamespace(CfgNode=node))
+        options = node(a=1, b=node(c=2))
+        options.frozen = True
+        torch.save({"model": encoder.state_dict(), "config": options}, path)
+    assert equal(weights.read_encoder(path)["model"], dict(encoder.state_dict()))
+    with pytest.raises(ValueError, match="more than tensors"):  # of our own files none holds one
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32_and_it_is_said(mae_file, dtype):
+    path, encoder = mae_file
+    theirs = {name: tensor.to(dtype) for name, tensor in encoder.state_dict().items()}
+    saved = weights.read_encoder(forms(theirs, path)["safetensors"]())
+    assert equal(saved["model"], {name: tensor.float() for name, tensor in theirs.items()})
+    assert any(f"{dtype} made torch.float32" in note for note in saved["notes"])
+
+
+def spoiled(path, encoder, marker):
+    """{what is wrong: function that writes such a file and returns its path}"""
+    tensors, whole = encoder.state_dict(), path.read_bytes()
+    giant = torch.zeros(1, dtype=torch.float16).as_strided((10**6, 10**6), (0, 0))
+
+    def write(data, name=path.name):
+        path.with_name(name).write_bytes(data)
+        return path.with_name(name)
+
+    def save(content, **how):
+        torch.save(content, path, **how)
+        return path
+
+    def changed(**changes):
+        return save({"model": {**tensors, **{name.replace("__", "."): value for name, value in changes.items()}}})
+
+    old = {"_use_new_zipfile_serialization": False}
+    return {
+        "empty": lambda: write(b""), "empty safetensors": lambda: write(b"", "a.safetensors"),
+        "cut": lambda: write(whole[: len(whole) // 2]), "text": lambda: write(b"hello " * 99),
+        "cut old": lambda: write(save({"model": tensors}, **old).read_bytes()[:-999]),
+        "torch in safetensors": lambda: write(whole, "a.safetensors"), "no file": lambda: path.with_name("none.pth"),
+        "folder": lambda: path.parent, "hostile": lambda: save({"model": tensors, "args": Hostile(marker)}),
+        "hostile old": lambda: save({"model": tensors, "args": Hostile(marker)}, **old),
+        "hostile pickle": lambda: write(pickle.dumps(Hostile(marker))),
+        "hostile Namespace": lambda: save({"model": tensors, "args": argparse.Namespace(a=Hostile(marker))}),
+        "module": lambda: save({"model": nn.Linear(2, 2)}), "nan": lambda: changed(
+            norm__weight=torch.full((96,), torch.nan)), "shape": lambda: changed(norm__weight=torch.ones(95)),
+        "integers": lambda: changed(norm__weight=torch.ones(96, dtype=torch.int64)),
+        "giant": lambda: changed(norm__weight=giant), "giant head": lambda: changed(head__weight=giant),
+        "narrow head": lambda: changed(head__weight=torch.ones(3, 50), head__bias=torch.ones(3)),
+        "no name": lambda: save({"model": {**tensors, 3: torch.ones(3)}}),
+        "sparse": lambda: changed(norm__weight=torch.ones(96).to_sparse()),
+        "meta": lambda: changed(norm__weight=torch.ones(96, device="meta")),
+        "no tensor": lambda: changed(norm__weight=3.0), "flat patches": lambda: changed(
+            patch_embed__proj__weight=torch.ones(96, 192)), "no patches": lambda: save(
+            {"model": {k: v for k, v in tensors.items() if "patch" not in k}}),
+        "oblong patches": lambda: changed(patch_embed__proj__weight=torch.ones(96, 3, 8, 4)),
+        "channels": lambda: save({"arch": {**encoder.arch, "in_chans": 4}, "model": tensors}),
+        "half a bias": lambda: changed(blocks__0__attn__q_bias=torch.ones(96)), "nothing": lambda: save({"model": {}}),
+        "one name twice": lambda: changed(module__cls_token=tensors["cls_token"], cls__token=torch.ones(1),
+                                          blocks__0__ls1__gamma=torch.ones(96), blocks__0__gamma_1=torch.ones(96)),
+        "unknown": lambda: save({"model": {"conv1.weight": torch.ones(3, 3)}}),
+        "last.pt": lambda: save({"model": {f"encoder.{k}": v for k, v in tensors.items()}, "optimizer": {},
+                                 "scaler": {}, "step": 3, "config": {}})}
+
+
+BAD = ["empty", "empty safetensors", "cut", "text", "cut old", "torch in safetensors", "no file", "folder", "hostile",
+       "hostile old", "hostile pickle", "hostile Namespace", "module", "nan", "shape", "integers", "giant",
+       "giant head", "narrow head", "sparse", "meta", "no tensor", "no name", "flat patches", "no patches",
+       "oblong patches", "channels", "half a bias", "nothing", "one name twice", "unknown", "last.pt"]
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("what", BAD)
+def test_bad_weights_end_in_one_line_and_nothing_is_run_or_written(mae_file, tmp_path, tuned, call, what):
+    marker = tmp_path / "executed"
+    path = spoiled(*mae_file, marker)[what]()
+    before = snapshot(tmp_path)
+    for main, words in [(finetune.main, [*tuned(model=None, patch_size=None, init=path, out=tmp_path / "run")]),
+                        (weights.main, ["export", path, "--to", "timm", tmp_path / "out.pth"])]:
+        done = call(main, words)
+        assert done.code == 2 and len(done.err.splitlines()) == 1 and "error: " in done.err, done.err
+        assert done.err.count(path.name) >= 1
+    assert snapshot(tmp_path) == before and not marker.exists()
+
+
+def test_the_bad_weights_above_are_all(mae_file, tmp_path):
+    assert set(BAD) == set(spoiled(*mae_file, tmp_path))
+
+
+# safetensors
+
+
+def tensors_of_all_kinds():
+    draw = torch.Generator().manual_seed(0)
+    found = {str(dtype): (9 * torch.randn(3, 5, generator=draw)).to(dtype) for dtype in tensorfile.DTYPES.values()}
+    return {**found, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "view": torch.arange(12.0).view(3, 4).T}
+
+
+def test_safetensors_equal_those_of_the_library_both_ways(tmp_path):
+    library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed (requirements-dev.txt)")
+    ours = tensors_of_all_kinds()
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        tensorfile.save((ours, {"format": "pt", "who": "wir, ä"}), file)
+    assert equal({n: t.contiguous() for n, t in sorted(ours.items())},
+                 dict(sorted(library.load_file(tmp_path / "a.safetensors").items())))
+    library.save_file({n: t.contiguous() for n, t in ours.items()}, tmp_path / "b.safetensors", {"format": "pt"})
+    found, about = tensorfile.read(tmp_path / "b.safetensors")
+    assert equal(dict(sorted(found.items())), dict(sorted(ours.items()))) and about == {"format": "pt"}
+
+
+def test_safetensors_make_the_round_trip(tmp_path):
+    ours = tensors_of_all_kinds()
+    checkpoint.write(tmp_path / "a.safetensors", (ours, {"a": "b"}))
+    found, about = tensorfile.read(tmp_path / "a.safetensors")
+    assert equal({n: t.contiguous() for n, t in ours.items()}, found) and about == {"a": "b"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def entry(dtype="F32", shape=(2, 2), offsets=(0, 16)):
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+LIES = {
+    "no json": b"{", "a list": b"[]", "deep": b'{"a":' * 100_000, "twice": b'{"a":{},"a":{}}', "null": b'{"a":null}',
+    "no text": b"\xff\xfe", "number": b'{"__metadata__":3}', "none": b'{"a":{"dtype":"F32"}}',
+    "dtype": {"a": entry("F31")}, "dtype list": {"a": entry(["F32"])}, "shape": {"a": entry(shape=[2, 3])},
+    "negative": {"a": entry(shape=[-2, -2])}, "float": {"a": entry(shape=[2.0, 2])}, "names": {"a": entry(shape="22")},
+    "true": {"a": entry(shape=[True, 4])}, "many": {"a": entry(shape=[1] * 5000 + [4])},
+    "huge": {"a": entry(shape=[2**31, 2**31], offsets=[0, 2**64])},
+    "huge and empty": {"a": entry(shape=[0, 2**40, 2**40], offsets=[0, 0]), "b": entry()},
+    "backwards": {"a": entry(offsets=[16, 0])}, "beyond": {"a": entry(offsets=[0, 32])},
+    "behind": {"a": entry(offsets=[16, 32])}, "short": {"a": entry(shape=[1], offsets=[0, 4])},
+    "gap": {"a": entry(shape=[1], offsets=[0, 4]), "b": entry(shape=[2], offsets=[8, 16])},
+    "overlap": {"a": entry(), "b": entry()}, "three": {"a": entry(offsets=[0, 8, 16])},
+    "text": {"a": entry(offsets="ab")},
+}
+
+
+@pytest.mark.parametrize("lie", [*LIES, "length", "longer", "short file"])
+def test_a_header_that_lies_is_refused(tmp_path, lie):
+    header = LIES.get(lie, {"a": entry()})
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = {"length": 2**63, "longer": len(header) + 17}.get(lie, len(header))
+    content = length.to_bytes(8, "little") + header + bytes(16)
+    (tmp_path / "a.safetensors").write_bytes(content[:7] if lie == "short file" else content)
+    with pytest.raises(ValueError, match=r"a\.safetensors is not a whole checkpoint") as caught:
+        tensorfile.read(tmp_path / "a.safetensors")
+    assert len(str(caught.value).splitlines()) == 1
+    honest = json.dumps({"a": entry()}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(honest).to_bytes(8, "little") + honest + bytes(16))
+    assert equal(tensorfile.read(tmp_path / "a.safetensors")[0], {"a": torch.zeros(2, 2)})
+
+
+def test_random_changes_of_a_header_never_do_more_than_be_refused(tmp_path):
+    path, draw = tmp_path / "a.safetensors", random.Random(0)
+    checkpoint.write(path, ({"a": torch.zeros(2, 3), "b.c": torch.zeros(4)}, {"x": "y"}))
+    whole = path.read_bytes()
+    for _ in range(400):
+        bad = bytearray(whole)
+        for _ in range(draw.choice((1, 2, 5))):
+            bad[draw.randrange(8, len(whole) - 40)] = draw.randrange(256)
+        path.write_bytes(bad)
+        with contextlib.suppress(ValueError):
+            found, _ = tensorfile.read(path)
+            assert sum(tensor.nbytes for tensor in found.values()) == 40
+
+
+# To elsewhere
+
+
+def exported(saved, target, path):
+    """The model that the printed lines make."""
+    checkpoint.write(path.with_name("encoder.pt"), saved)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        weights.main(["export", str(path.with_name("encoder.pt")), "--to", target, str(path)])
+    names = {"torch": torch, "torchvision": torchvision}
+    for name in ("timm", "safetensors"):
+        if f"{name}." in out.getvalue():
+            names[name] = pytest.importorskip(name, reason=f"{name} is not installed (requirements-dev.txt)")
+            pytest.importorskip("safetensors.torch", reason="safetensors is not installed (requirements-dev.txt)")
+    exec(out.getvalue().split("\n", 1)[1], names)
+    return names["model"].eval()
+
+
+SWIN, WIDE = ("swin_tiny", (64, 64)), ("swin_tiny", (64, 128))
+PVT2 = ("pvtv2_tiny", (64, 96))
+EXPORTS = [("timm", VIT, {}, "mean", "layer"), ("timm", VIT, {}, "cls", "none"), ("timm", VIT, {}, "cls", "layer"),
+           ("timm", VIT, {}, "mean", "none"), ("timm", VIT, {}, "mean", "batch"), ("timm", VIT, {}, "cls", "batch"),
+           ("timm", ("vit_tiny", (16, 32), 4, 5), {}, "mean", "layer"),
+           ("timm", SWIN, {"window": 4}, "mean", "none"), ("timm", WIDE, {"window": 4}, "mean", "none"),
+           ("timm", SWIN, {"window": 2}, "mean", "batch"),
+           ("timm", PVT2, {}, "mean", "none"), ("timm", PVT2, {}, "mean", "batch"),
+           ("torchvision", VIT, {}, "cls", "none"), ("torchvision", VIT, {}, "cls", "layer"),
+           ("torchvision", VIT, {}, "cls", "batch"), ("torchvision", SWIN, {"window": 2}, "mean", "none"),
+           ("torchvision", WIDE, {"window": 2}, "mean", "batch")]
+
+
+@pytest.mark.parametrize("target,sizes,options,pool,norm", EXPORTS, ids=repr)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_an_exported_classifier_computes_the_same_there(tmp_path, target, sizes, options, pool, norm, suffix):
+    ours = classifier(models.build(*sizes, **options), pool, norm)
+    theirs = exported(saved_of(ours), target, tmp_path / f"out{suffix}")
+    imgs = torch.randn(3, ours.encoder.arch["in_chans"], *sizes[1])
+    with torch.no_grad():
+        expected = ours(imgs)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(theirs(imgs), expected, rtol=1e-5, atol=1e-5)
+    again = weights.read_encoder(tmp_path / f"out{suffix}", sizes[1])
+    assert again["arch"] == ours.encoder.arch
+    if norm == "none" and again["classifier"]["pool"] == pool:  # and back: names cannot tell every pooling
+        cfg = finetune.Config(init=str(tmp_path / f"out{suffix}"), init_size=sizes[1], eval=True)
+        back = finetune.build_classifier(*finetune.resolve(cfg), [str(i) for i in range(7)]).eval()
+        assert equal(dict(sorted(back.state_dict().items())), dict(sorted(ours.state_dict().items())))
+
+
+@pytest.mark.parametrize("target,sizes,options", [
+    ("timm", VIT, {}), ("timm", SWIN, {"window": 4}), ("timm", PVT2, {}), ("torchvision", VIT, {}),
+    ("torchvision", SWIN, {"window": 2})], ids=repr)
+def test_an_exported_encoder_computes_the_same_there(tmp_path, target, sizes, options):
+    encoder = stirred(models.build(*sizes, **options))
+    saved = {"arch": encoder.arch, "model": encoder.state_dict(), "method": "MAE", "step": 1}
+    theirs = exported(saved, target, tmp_path / "out.pth")
+    imgs = torch.randn(2, 3, *sizes[1])
+    with torch.no_grad():
+        expected = encoder(imgs)
+        if target == "timm":
+            found = theirs.forward_features(imgs)
+            found = found.flatten(2).transpose(1, 2) if sizes is PVT2 else found
+        elif sizes is VIT:
+            tokens = theirs._process_input(imgs)
+            found = theirs.encoder(torch.cat([theirs.class_token.expand(2, -1, -1), tokens], dim=1))
+        else:
+            found = theirs.norm(theirs.features(imgs))
+        torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [lambda: models.build(*VIT), lambda: models.build("pvt_tiny", (64, 64)), lambda:
+                         models.build("swin_tiny", (64, 64), window=4, bias="continuous"), lambda: models.build(
+                         *VIT, positions="shared_bias", layer_scale=0.1)], ids=["vit", "pvt", "um_swin", "simmim_vit"])
+def test_to_safetensors_and_back_nothing_is_lost(tmp_path, build):
+    saved = saved_of(classifier(build()))
+    checkpoint.write(tmp_path / "encoder.pt", saved)
+    weights.main(["export", str(tmp_path / "encoder.pt"), "--to", "safetensors", str(tmp_path / "out.safetensors")])
+    again = weights.read_encoder(tmp_path / "out.safetensors")
+    assert equal({name: again[name] for name in saved}, {**saved, "model": dict(saved["model"])})
+
+
+REFUSED = {
+    "shared bias": ("timm", lambda: models.build(*VIT, positions="shared_bias"), "layer", "no encoder like"),
+    "block bias": ("torchvision", lambda: models.build(*VIT, positions="block_bias"), "layer", "no encoder like"),
+    "continuous": ("timm", lambda: models.build("swin_tiny", (64, 64), bias="continuous"), "none", "no encoder like"),
+    "pvt": ("torchvision", lambda: models.build("pvt_tiny", (64, 64)), "layer", "no encoder like"),
+    "norm behind the mean": ("timm", lambda: models.build(*SWIN, window=4), "layer", "--head_norm none"),
+    "mean": ("torchvision", lambda: models.build(*VIT), "layer", "--to timm"),
+    "oblong": ("torchvision", lambda: models.build("vit_tiny", (16, 32), 8), "cls", "--to timm"),
+    "channels": ("torchvision", lambda: models.build("vit_tiny", (16, 16), 8, 1), "cls", "--to timm"),
+    "window": ("torchvision", lambda: models.build(*SWIN, window=4), "none", "--to timm"),
+    "padding": ("timm", lambda: models.build(*SWIN, window=3), "none", "does not tile"),
+    "reduction": ("timm", lambda: models.build("pvtv2_tiny", (64, 48)), "none", "does not tile"),
+    "pvt2": ("torchvision", lambda: models.build(*PVT2), "none", "no encoder like"),
+    "suffix": ("safetensors", lambda: models.build(*VIT), "layer", ".safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_target_cannot_express_is_refused(tmp_path, call, case):
+    target, build, norm, word = REFUSED[case]
+    model = classifier(build(), "cls", "none") if norm == "cls" else classifier(build(), "mean", norm)
+    checkpoint.write(tmp_path / "encoder.pt", saved_of(model))
+    before = snapshot(tmp_path)
+    done = call(weights.main, ["export", tmp_path / "encoder.pt", "--to", target, tmp_path / "out.pth"])
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and word in done.err, done.err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_file_that_exists_is_not_written_over(tmp_path, call, mae_file):
+    path, _ = mae_file
+    before = snapshot(tmp_path)
+    done = call(weights.main, ["export", path, "--to", "timm", path])
+    assert done.code == 2 and "is there already" in done.err and snapshot(tmp_path) == before
+
+
+def test_show_says_what_a_file_is(mae_file, call, tmp_path):
+    path, encoder = mae_file
+    out = call(weights.main, ["show", path]).out
+    assert "names are those of MAE's code or timm" in out and "decoder_blocks (2)" in out and "model vit_tiny" in out
+    assert all(f"    {name} {tuple(tensor.shape)} float32\n" in out for name, tensor in encoder.state_dict().items())
+    checkpoint.write(tmp_path / "encoder.pt", saved_of(classifier(models.build(*VIT))))
+    out = call(weights.main, ["show", tmp_path / "encoder.pt"]).out
+    assert "classifier: pool mean, norm layer, 7 classes" in out and "head.weight (7, 96)" in out
+
+
+# Into fine-tuning
+
+
+def test_published_weights_fine_tune_and_the_run_says_what_it_did(mae_file, tuned, call, tmp_path):
+    changes = {"img_size": "32x48", "in_chans": 1, "max_steps": 1, "out": tmp_path / "run"}
+    done = call(finetune.main, tuned(model=None, patch_size=None, init=mae_file[0], **changes))
+    assert done.code == 0, done.err
+    for said in ("patch embedding of 3 channels made one of 1: their sum", "positions resized from 4x4 to 4x6",
+                 "check the licence", "newly initialised: fc_norm.weight, fc_norm.bias, head.weight, head.bias",
+                 "decoder_pos_embed (1)"):
+        assert said in done.out, done.out
+    assert weights.read_encoder(tmp_path / "run" / "encoder.pt")["arch"]["in_chans"] == 1
+
+
+def test_a_published_classifier_is_evaluated(mae_file, tuned, call, folder, tmp_path):
+    path, encoder = mae_file
+    tensors = {name: t for name, t in encoder.state_dict().items() if not name.startswith("norm.")}
+    for K in (3, 4):
+        head = {"fc_norm.weight": torch.ones(96), "fc_norm.bias": torch.zeros(96), "head.weight": torch.randn(K, 96),
+                "head.bias": torch.zeros(K)}
+        torch.save({"model": {**tensors, **head}}, path)
+        out = tmp_path / f"run{K}"
+        words = flags(eval=True, init=path, data=folder, out=out, device="cpu")
+        done = call(finetune.main, words)
+        if K == 3:
+            assert done.code == 0 and "3 classes have no names" in done.out
+            assert json.loads((out / "result.json").read_text())["images"] == 15
+        else:
+            assert done.code == 2 and len(done.err.splitlines()) == 1 and "head" in done.err and not out.exists()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6, 7])
+def test_channels_of_a_patch_embedding(channels):
+    old = stirred(models.build(*VIT))
+    encoder = rebuild({"arch": old.arch, "model": old.state_dict()}, in_chans=channels)
+    weight, new = old.patch_embed.proj.weight, encoder.patch_embed.proj.weight
+    if channels == 1:  # a grey image, as one channel and as three
+        grey = torch.randn(2, 1, 32, 32)
+        torch.testing.assert_close(encoder(grey), old(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+    else:
+        for c in range(channels):
+            torch.testing.assert_close(new[:, c], weight[:, c % 3] * 3 / channels)
+
+
+@pytest.mark.parametrize("method,how", [("FastMIM", "bicubic"), ("SimMIM", "geometric"), (None, "geometric")])
+def test_bias_tables_are_resized_as_the_method_does(method, how, capsys):
+    old = stirred(models.build("swin_tiny", (64, 64), window=2))
+    saved = {"arch": old.arch, "model": old.state_dict(), "method": method}
+    new = models.build("swin_tiny", (64, 64), window=4)
+    weights.load_encoder(new, saved, "file")
+    assert f"bias tables resized from 2x2 to 4x4 ({how})" in capsys.readouterr().out
+    table = "layers.0.blocks.0.attn.relative_position_bias_table"
+    assert torch.equal(new.state_dict()[table], weights.resize_bias_table(old.state_dict()[table], (2, 2), (4, 4), how))

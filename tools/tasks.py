@@ -1,0 +1,126 @@
+"""What dense.py predicts for every pixel: the loss, the scores, the evaluation, and what a prediction looks like.
+
+`output` (B, K, H, W) fp32 is what the head makes, `label` (B, H, W) what dense_data.py gives, `pred` (B, H, W) like it.
+`loss` is a number for each image, the mean over its known pixels: so it does not depend on what else is in a
+micro-batch. `tally` counts such that tallies add up, over batches and processes, to what `scores` needs.
+"""
+
+import colorsys
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import data
+from common import engine, evaluate
+
+UNKNOWN = 255  # class of a pixel that nobody labelled; a distance is unknown where it is 0
+
+
+class Segment:
+    """A class for every pixel: cross-entropy, mean intersection over union."""
+
+    def __init__(self, classes, max_depth):
+        self.classes, self.about = list(classes), f"segment: {', '.join(classes)}"
+        self.channels, self.counts = len(classes), len(classes) ** 2
+        hues = [0.618034 * k % 1 for k in range(len(classes) - 1)]  # multiples of the golden ratio lie far apart
+        colours = [(0, 0, 0), *(colorsys.hsv_to_rgb(hue, 0.75, 1) for hue in hues)]
+        self.palette = torch.tensor(colours + [(1, 1, 1)] * (UNKNOWN + 1 - len(classes)))  # (256, 3)
+
+    def loss(self, output, label):
+        error = F.cross_entropy(output, label.long(), ignore_index=UNKNOWN, reduction="none")  # (B, H, W)
+        return error.sum(dim=(1, 2)) / (label != UNKNOWN).sum(dim=(1, 2)).clamp(min=1)
+
+    def predict(self, output):
+        return output.argmax(dim=1)  # (B, H, W)
+
+    def tally(self, pred, label):
+        """How often each pair of true class and predicted class occurs, (K*K,)."""
+        known = label != UNKNOWN
+        return torch.bincount(label[known].long() * self.channels + pred[known], minlength=self.counts)
+
+    def scores(self, tally):
+        pairs = tally.view(self.channels, -1)  # (K, K), true x predicted
+        hits, union = pairs.diag(), pairs.sum(dim=0) + pairs.sum(dim=1) - pairs.diag()
+        found = zip(self.classes, hits.tolist(), union.tolist(), strict=True)
+        iou = {name: 100 * hit / n for name, hit, n in found if n}
+        return {"miou": round(sum(iou.values()) / len(iou), 6),  # over the classes that occur, here or there
+                "pixel_accuracy": round(100 * (hits.sum() / tally.sum()).item(), 6),
+                "per_class": {name: round(value, 2) for name, value in iou.items()}}
+
+    def paint(self, label):
+        return self.palette[label.long()].movedim(3, 1)  # (B, 3, H, W)
+
+
+class Depth:
+    """Metres for every pixel, a sigmoid times the largest (SECRETS); error of the logarithm, scale-invariant by half
+    (Eigen et al., 2014); root mean squared error, relative error, share of pixels less than a quarter off."""
+
+    def __init__(self, classes, max_depth):
+        self.max_depth, self.about = max_depth, f"depth: up to {max_depth:g} m"
+        self.channels, self.counts = 1, 4
+
+    def loss(self, output, label):
+        known = self.known(label)
+        truth = torch.where(known, label, 1.0).log()
+        error = (F.logsigmoid(output[:, 0]) + math.log(self.max_depth) - truth) * known  # (B, H, W)
+        n = known.sum(dim=(1, 2)).clamp(min=1)
+        return error.square().sum(dim=(1, 2)) / n - 0.5 * (error.sum(dim=(1, 2)) / n).square()
+
+    def known(self, label):
+        return (label > 0) & (label <= self.max_depth)
+
+    def predict(self, output):
+        return self.max_depth * output[:, 0].sigmoid()  # (B, H, W)
+
+    def tally(self, pred, label):
+        """Squared error, relative error, pixels less than a quarter off, pixels: sums, (4,)."""
+        known = self.known(label)
+        pred, label = pred[known].double(), label[known].double()
+        near = torch.maximum(pred / label, label / pred) < 1.25
+        parts = ((pred - label).square(), (pred - label).abs() / label, near, torch.ones_like(label))
+        return torch.stack([part.sum() for part in parts])  # (4,)
+
+    def scores(self, tally):
+        squared, relative, near, n = tally.tolist()
+        return {"rmse": round(math.sqrt(squared / n), 6), "abs_rel": round(relative / n, 6),
+                "delta1": round(100 * near / n, 6)}
+
+    def paint(self, label):
+        return (label / self.max_depth).clamp(0, 1)[:, None]  # (B, 1, H, W)
+
+
+TASKS = {"segment": Segment, "depth": Depth}
+
+
+@engine.user_errors()
+@torch.no_grad()
+def accuracy(cfg, run, model, dataset):
+    """{the scores of the task, images} of a model on a data set, every image once, whatever the number of processes;
+    exits with code 2 if not a single pixel is labelled."""
+    tally = torch.zeros(model.task.counts + 1, dtype=torch.float64, device=run.device)  # the last one counts images
+    odd = torch.zeros((), dtype=torch.int64, device=run.device)
+    evaluate.ready(run, model)
+    chunks = data.in_order(len(dataset), cfg.micro_batch, run.rank, run.world)
+    for (imgs, labels), _, _ in data.loader(dataset, chunks, cfg.workers):
+        with engine.autocast(run):
+            output = model(data.normalize(imgs.to(run.device)))  # (B, K, H, W)
+        tally[:-1] += model.task.tally(model.task.predict(output.float()), labels.to(run.device))
+        tally[-1] += len(imgs)
+        odd += (~output.isfinite()).sum()
+    if run.world > 1:
+        dist.all_reduce(tally)
+    evaluate.require_finite(run, odd, "the outputs")
+    if not tally[:-1].sum():
+        raise ValueError(f"not a single pixel of {len(dataset)} labels is known")
+    return {**model.task.scores(tally[:-1]), "images": int(tally[-1])}
+
+
+@torch.no_grad()
+def pictures(model, dataset, run, n=8):
+    """{row title: (n, C, H, W) in [0, 1]}: the first images of a data set, their labels, what is predicted."""
+    (imgs, labels), _, _ = next(iter(data.loader(dataset, data.in_order(len(dataset), n))))
+    output = model.eval()(data.normalize(imgs.to(run.device))).float().cpu()
+    return {"image": imgs / 255, "label": model.task.paint(labels),
+            "prediction": model.task.paint(model.task.predict(output))}
