@@ -1,12 +1,10 @@
 """Checkpoints: written so that a crash, a full disk or a flipped bit costs no more than the last interval, and read so
 that a hostile or damaged file is refused before anything of it is used.
 
-A checkpoint holds tensors and plain data only. `last.pt`, of which a stopped run goes on, is {"model": all of it,
-"optimizer", "scaler", "step", "config"}; `encoder.pt` is what travels: see weights.py.
+They hold tensors and plain data only. `last.pt`, from which a stopped run goes on, is {"model": all of it, "optimizer",
+"scaler", "step", "config"}. `encoder.pt` travels: see weights.py.
 """
 
-import argparse
-import collections
 import contextlib
 import os
 import pickle
@@ -15,186 +13,162 @@ from pathlib import Path
 
 import torch
 
-from common import tensorfile
-
-# What other people's checkpoints hold beside tensors and plain data: their options, here as inert containers.
-OPTIONS = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
-
 
 def write(path, content):
-    """Write `content` to `path` through a temporary file that is flushed, synced and read back first. In a path that
-    ends in .safetensors, content is (tensors, {str: str}), else what torch.save takes.
-
-    What `path` held before stays beside it as `previous.<name>`. OSError if the disk is full or not writable: `path`
-    and its predecessor are then as they were.
-    """
+    """Save `content` at `path`; what was there stays beside it as previous.NAME. OSError if the disk is full or not
+    writable: `path` and its predecessor are then as they were."""
     write_together({path: content})
 
 
 def write_together(contents):
-    """`write` of files of one folder, {path: content}: none takes its place before all of them lie there whole, and the
-    first one is the last to do so. A run goes on from that one, so a kill in between is made good by --resume."""
-    paths = [Path(path) for path in contents]
-    temporaries = [path.with_name(path.name + ".tmp") for path in paths]
+    """`write` files of one folder, {path: content}: none takes its place before all are written. The first one is last
+    to do so: a run resumes from it, and writes the others again."""
+    parts = [(Path(path), Path(f"{path}.tmp"), content) for path, content in contents.items()]
     try:
-        for path, temporary, content in zip(paths, temporaries, contents.values(), strict=True):
+        for path, temporary, content in parts:
             write_temporary(path, temporary, content)
     except OSError:
-        for temporary in temporaries:
+        for _, temporary, _ in parts:
             with contextlib.suppress(OSError):
                 temporary.unlink()
         raise
-    whole = [path.exists() and not how(path)[1](path) for path in paths]
-    for path, temporary, keep in reversed(list(zip(paths, temporaries, whole, strict=True))):
-        if keep:  # a damaged file must not take the place of its whole predecessor
-            os.replace(path, path.with_name("previous." + path.name))
+
+    for path, temporary, _ in reversed(parts):
+        if path.exists() and damage(path) is None:  # a damaged file must not take its predecessor's place
+            os.replace(path, previous(path))
         os.replace(temporary, path)
-    directory = os.open(paths[0].parent, os.O_RDONLY)  # the renames are durable only once the directory is, too
-    os.fsync(directory)
-    os.close(directory)
-
-
-def how(path):
-    """(what writes a file of this name, what says what is wrong with one)."""
-    return (tensorfile.save, tensorfile.damage) if path.suffix == ".safetensors" else (torch.save, damage)
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        folder = os.open(parts[0][0].parent, os.O_RDONLY)
+        os.fsync(folder)  # makes the renames outlast a power cut
+        os.close(folder)
 
 
 def write_temporary(path, temporary, content):
-    """Write, sync and read back what is to become `path`. OSError, in one line, if that fails."""
-    save, wrong_with = how(path)
+    """Write, sync and read back the file that will become `path`. OSError if one of these fails."""
     try:
         with open(temporary, "wb") as file:
-            save(content, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if wrong := wrong_with(temporary):
+        if wrong := damage(temporary):
             raise OSError(f"it does not read back as it was written: {wrong}")
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's zip writer on a full disk
         raise OSError(f"cannot write {path} ({error}); what was saved before is intact") from error
 
 
-def read(path, foreign=False):
-    """The content of a checkpoint, on the CPU. ValueError (one line) if it is damaged, cut short, or holds anything but
-    tensors and plain data: nothing in it is executed. FileNotFoundError if it is not there.
+def previous(path):
+    return path.with_name("previous." + path.name)
 
-    `foreign`: as other people write them. Then options may lie in it as an argparse.Namespace or a CfgNode, and it may
-    be of torch.save's format before 1.6, which has no checksums.
-    """
-    tensorfile.require_room(path)
-    if not (foreign and is_old(path)) and (wrong := damage(path)):
+
+# ---------------------------------------- Reading
+
+def read(path, classes=(), has_checksums=True):
+    """The content of a checkpoint, on the CPU; nothing in it is executed. ValueError (one line) if it is damaged, or
+    holds more than tensors, plain data and objects of `classes`; FileNotFoundError if it is not there."""
+    require_room(path)
+    if has_checksums and (wrong := damage(path)):
         raise ValueError(f"{path} is not a whole checkpoint: {wrong}")
     try:
-        with torch.serialization.safe_globals(OPTIONS if foreign else []):
+        with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain data, and is not opened") from error
-    except Exception as error:  # rubbish behind right checksums raises whatever it likes
+    except Exception as error:  # rubbish behind right checksums raises anything
         raise ValueError(f"{path} is not a checkpoint: {type(error).__name__}") from error
 
 
-def is_old(path):
-    """Is it of torch.save's format before 1.6: pickles in a row, of which the first is a magic number?"""
-    start = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-    with open(path, "rb") as file:
-        return file.read(len(start)) == start
-
-
-def damage(path):
-    """What is wrong with a file as torch.save's archive, in one line, or None. torch.save writes CRC-32 sums, but
-    torch.load does not look at them, and reads entries whose flags or compression were changed as something else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            odd = [i.filename for i in archive.infolist()
-                   if i.flag_bits & ~0x808 or i.compress_type or i.external_attr & 0x10]  # 0x10: "is a folder"
-            wrong = odd[0] if odd else archive.testzip()
-    except Exception as error:  # zipfile raises a dozen kinds of errors on a damaged directory
-        return f"{type(error).__name__} {' '.join(str(error).split())}"
-    return f"{wrong} is damaged" if wrong else None
-
-
-def either(path):
-    """Is there such a file, or, after a kill between two renames, its predecessor alone?"""
-    return path.exists() or path.with_name("previous." + path.name).exists()
-
-
 def read_newest(path):
-    """`read(path)`, or, with a line that says so, its predecessor if `path` is damaged or gone; None without either."""
+    """`read(path)`; if that is damaged or gone, its predecessor, with a line that says so; or None."""
     path = Path(path)
-    previous = path.with_name("previous." + path.name)
-    if not either(path):
+    if not exists(path):
         return None
     try:
         return read(path)
     except (ValueError, FileNotFoundError) as error:
-        if not previous.exists():
+        if not previous(path).exists():
             raise
-        print(f"{error}; going on from {previous}", flush=True)
-        return read(previous)
+        print(f"{error}; going on from {previous(path)}", flush=True)
+        return read(previous(path))
 
 
-def require_run(saved, where):
-    """ValueError unless `saved` has the parts that a last.pt has."""
-    kinds = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "step": int}
-    whole = isinstance(saved, dict) and all(isinstance(saved.get(name), kind) for name, kind in kinds.items())
-    if not whole or saved["step"] < 0:
-        raise ValueError(f"{where} is not a last.pt of this project")
+def exists(path):
+    """Is there such a file or, after a kill between two renames, its predecessor alone?"""
+    return path.exists() or previous(path).exists()
 
 
-def load_exactly(model, tensors, where):
-    """Copy `tensors` (a state dict) into `model`. ValueError before anything is copied if a name, shape or dtype
-    differs, or if a value is not finite."""
-    require_state(model.state_dict(), tensors, where)
-    model.load_state_dict(tensors)
+def require_room(path):
+    """FileNotFoundError if there is no such file; ValueError if it is, or claims to be, larger than this machine's
+    memory."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if hasattr(os, "sysconf"):  # Windows has none
+        memory, size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), os.path.getsize(path)
+        if size > memory:
+            raise ValueError(f"{path} has {size / 1e9:.0f} GB, more than this machine's memory")
 
 
-def require_state(own, tensors, where):
-    """ValueError unless `tensors` has the names of `own`, and a finite tensor of the same shape and dtype for each."""
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        raise ValueError(f"{where} is of another architecture: it lacks {missing[:3]} and has unknown {extra[:3]}")
-    for name, tensor in own.items():
-        require_like(tensor, tensors[name], f"{where}, {name}")
-
-
-def load_optimizer(optimizer, state, where):
-    """Copy an optimizer's state dict back. ValueError before anything is copied if groups, shapes or dtypes differ."""
+def damage(path):
+    """What is wrong with a file of torch.save, in one line, or None. It holds CRC-32 sums, but torch.load does not look
+    at them, and misreads entries whose flags were changed."""
     try:
-        check_optimizer(optimizer, state, where)
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{where}: the optimizer's state is none: {error!r}") from error
-    optimizer.load_state_dict(state)
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                is_folder = entry.external_attr & 0x10
+                if entry.flag_bits & ~0x808 or entry.compress_type or is_folder:
+                    return f"{entry.filename} is damaged"
+            name = archive.testzip()
+    except Exception as error:  # zipfile raises a dozen kinds of errors on a damaged directory
+        return f"{type(error).__name__} {' '.join(str(error).split())}"
+    return f"{name} is damaged" if name else None
 
 
-def check_optimizer(optimizer, state, where):
-    """ValueError, or an error of its kind for nonsense, unless `state` fits the optimizer."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    groups = [group["names"] for group in optimizer.param_groups]
-    saved = [group.get("names") for group in state["param_groups"]]
-    if groups != saved or not set(state["state"]) <= set(range(len(params))):
-        raise ValueError(f"{where}: the optimizer was saved with other parameter groups")
-    for index, moments in state["state"].items():
-        for name, value in moments.items():
-            expected = torch.zeros(()) if name == "step" else params[index]
-            require_like(expected, value, f"{where}, {name} of optimizer parameter {index}")
+# ---------------------------------------- Checked before anything is copied
+
+def require_run(saved, path):
+    """ValueError unless `saved`, the content of `path`, has the parts of a last.pt."""
+    kinds = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "step": int}
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), kinds[k]) for k in kinds) or saved["step"] < 0:
+        raise ValueError(f"{path} is not a last.pt of this project")
 
 
-def ordinary(value):
-    """Is it a dense tensor in memory that is as large as it says? A file may hold a view of one number that claims to
-    be a terabyte."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" \
-        and not value.is_quantized and value.numel() * value.itemsize <= value.untyped_storage().nbytes()
+def load_exactly(model, tensors, path):
+    """Copy `tensors`, a state dict, into `model`. ValueError before anything is copied if a name, shape or dtype
+    differs, or if a value is not finite."""
+    require_state(model.state_dict(), tensors, path)
+    model.load_state_dict(tensors, strict=False)  # a frozen teacher is in no state dict, and stays
 
 
-def all_ordinary(tensors):
-    """Is it {name: ordinary tensor}, and not empty?"""
-    named = isinstance(tensors, dict) and len(tensors) > 0
-    return named and all(isinstance(name, str) and ordinary(tensor) for name, tensor in tensors.items())
+def require_state(own, tensors, path):
+    """ValueError unless `tensors` has the names of `own`, and for each a finite tensor like it."""
+    if own.keys() != tensors.keys():
+        missing, unknown = sorted(own.keys() - tensors.keys())[:3], sorted(tensors.keys() - own.keys())[:3]
+        raise ValueError(f"{path} is of another architecture: it lacks {missing} and has unknown {unknown}")
+    for name, tensor in own.items():
+        require_like(tensor, tensors[name], f"{path}, {name}")
 
 
-def require_like(expected, found, where):
+def require_like(expected, found, name):
     """ValueError unless `found` is a finite tensor of the shape and dtype of `expected`."""
-    if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
-        kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else type(found).__name__
-        raise ValueError(f"{where} should be {tuple(expected.shape)} {expected.dtype}, not {kind}")
+    wanted = f"{tuple(expected.shape)} {expected.dtype}"
+    kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else type(found).__name__
+    if kind != wanted:
+        raise ValueError(f"{name} should be {wanted}, not {kind}")
     if not torch.isfinite(found).all():
-        raise ValueError(f"{where} holds values that are not finite")
+        raise ValueError(f"{name} holds values that are not finite")
+
+
+def load_optimizer(optimizer, state, path):
+    """Copy an optimizer's state back. ValueError before anything is copied if it does not fit."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [group["names"] for group in optimizer.param_groups]
+    try:
+        saved_names = [group.get("names") for group in state["param_groups"]]
+        if saved_names != names or not set(state["state"]) <= set(range(len(parameters))):
+            raise ValueError(f"{path}: the optimizer was saved with other parameter groups")
+        for index, moments in state["state"].items():
+            for name, value in moments.items():
+                expected = torch.zeros(()) if name == "step" else parameters[index]
+                require_like(expected, value, f"{path}, {name} of optimizer parameter {index}")
+    except (AttributeError, KeyError, IndexError, TypeError) as error:  # of nonsense
+        raise ValueError(f"{path}: the optimizer's state is none: {error!r}") from error
+    optimizer.load_state_dict(state)
