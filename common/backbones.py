@@ -1,7 +1,7 @@
 """Any classification model of torchvision behind the interface of models.py: `--model torchvision:NAME`.
 
 torchvision's feature extraction says in which order a network calls its parts. Down to residual blocks, that is a line
-of steps in all of them; so a step can be computed again, be given its noise, and count as a layer.
+of steps: each can be computed again, be given its noise, and count as a layer.
 """
 
 import contextlib
@@ -23,21 +23,15 @@ LINES = (nn.Sequential, MaxVitBlock, MaxVitLayer)  # what only calls its childre
 PROBE = (128, 192)  # pixels of the image that shows the strides of a network
 
 
-def kind_of(model):
-    """The class that wraps the model "torchvision:NAME"."""
-    return TorchvisionViT if model.startswith("torchvision:vit_") else Torchvision
-
-
 class DropPath(nn.Module):
-    """In the place of torchvision's StochasticDepth, which draws from the global generator: every call takes a column
-    (B,) of given noise from the iterator `columns`, or drops nothing if that is None."""
+    """In the place of torchvision's StochasticDepth, which draws its own noise: every call takes a column (B,) from the
+    iterator `columns`, or drops nothing if that is None."""
 
-    def __init__(self):
-        super().__init__()
-        self.rate, self.columns = 0.0, None
+    rate, columns = 0.0, None
 
     def forward(self, branch):
-        return drop_path(branch, None if self.columns is None else next(self.columns), self.rate)
+        noise = None if self.columns is None else next(self.columns)
+        return drop_path(branch, noise, self.rate)
 
 
 def network(name, img_size, in_chans):
@@ -48,11 +42,11 @@ def network(name, img_size, in_chans):
         raise ValueError(f"torchvision has no classification model {name!r}; near names: {near}")
     if name == "maxvit_t" and (img_size[0] % 224 or img_size[0] != img_size[1]):
         raise ValueError(f"torchvision:maxvit_t takes squares of 224, 448, ... pixels, not {img_size[0]}x{img_size[1]}")
-    options = {"maxvit_t": {"input_size": img_size}, "googlenet": {"aux_logits": False, "init_weights": True},
-               "inception_v3": {"aux_logits": False, "init_weights": True}}
+    no_aux = {"aux_logits": False, "init_weights": True}
+    options = {"maxvit_t": {"input_size": img_size}, "googlenet": no_aux, "inception_v3": no_aux}.get(name, {})
     try:
         with torch.device("cpu") if name.startswith("regnet") else contextlib.nullcontext():  # its widths need numbers
-            net = torchvision.models.get_model(name, weights=None, **options.get(name, {}))
+            net = torchvision.models.get_model(name, weights=None, **options)
     except RuntimeError as error:
         raise ValueError(f"torchvision:{name} computes with numbers as it is built and cannot be planned") from error
     if torch.get_default_device().type == "meta":
@@ -69,49 +63,41 @@ def network(name, img_size, in_chans):
 
 def stride_of(shape, img_size):
     """(stride, are channels last?) of a map, or (0, False) if it does not cover the image with squares of one size."""
-    for channels_last, sides in (False, shape[2:]), (True, shape[1:3]):
-        stride = img_size[0] // sides[0] if len(shape) == 4 else 0
-        if stride and tuple(stride * n for n in sides) == tuple(img_size):
-            return stride, channels_last
+    if len(shape) == 4:
+        for channels_last, sides in (False, shape[2:]), (True, shape[1:3]):
+            stride = img_size[0] // sides[0]
+            if stride and tuple(stride * n for n in sides) == tuple(img_size):
+                return stride, channels_last
     return 0, False
 
 
 @contextlib.contextmanager
 def same_statistics(step):
     """BatchNorm must not count a batch again when a step is computed again, nor one that only makes a picture."""
-    norms = [(m, m.momentum, m.num_batches_tracked) for m in step.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm, _, _ in norms:
+    norms = [m for m in step.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, momentum, count in norms:
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-def computing(step):
-    """The contexts in which `checkpoint` computes a step, and computes it again."""
-    return contextlib.nullcontext(), same_statistics(step)
+        for norm, kept in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = kept
 
 
 class Torchvision(nn.Module):
-    """A network of torchvision, with random weights, up to its last map with a stride of `max_stride` or less.
+    """A network of torchvision, with random weights, up to its last map with a stride of `max_stride` or less. Its
+    tokens are pixels, or a Swin's embedded patches. Parameters have torchvision's names behind "net.".
 
-    The tokens of a Swin are its embedded patches. Those of any other network are pixels: `embed` changes nothing but
-    the shape, and what hides something from it masks pixels. Sides must be divisible by the stride of the last map.
-    Parameters have torchvision's names behind "net.".
+    A step with weights of two or more dimensions, such as a residual block, begins a layer; the stem is layer 0.
+    `drop_path` grows linearly from 0 at layer 1, where a network has stochastic depth. `learn_positions` and
+    `final_norm` change nothing. ValueError for an unknown name, sizes that do not fit, or no map that covers an image:
+    AlexNet, Inception and SqueezeNet cut some pixels off."""
 
-    Layers, of which noise and layer decay speak: a step with weights of two or more dimensions, such as a residual
-    block, begins one, and other steps (norms) belong to the one ahead of them; the stem is layer 0. `drop_path` grows
-    linearly from 0 at layer 1 in networks that have stochastic depth; in others it finds nothing to drop. BatchNorm
-    sees what one process holds at once. There are no positions that `learn_positions` could make learnable.
-    ValueError for an unknown name, or sizes or a stride that do not fit: AlexNet, Inception and SqueezeNet cut pixels
-    off at the border and so have no map that covers an image.
-    """
+    num_prefix, default_patch, checkpointing = 0, 0, False
 
-    num_prefix = 0
-
-    def __init__(self, model, img_size, patch_size, in_chans, max_stride=32, learn_positions=False, drop_path=0.0):
+    def __init__(self, model, img_size, patch_size, in_chans, max_stride=32, learn_positions=False, drop_path=0.0,
+                 final_norm=True):
         super().__init__()
         check_sizes(img_size, 1, in_chans)
         net = network(model.removeprefix("torchvision:"), img_size, in_chans)
@@ -123,7 +109,7 @@ class Torchvision(nn.Module):
         if any(n % self.out_stride for n in img_size):
             raise ValueError(f"--img_size {img_size[0]}x{img_size[1]} must be divisible by {self.out_stride}, the "
                              f"stride of {model}, as {next_size(img_size, self.out_stride)} is")
-        self.grid, self.checkpointing = tuple(n // self.stride for n in img_size), False
+        self.grid = (img_size[0] // self.stride, img_size[1] // self.stride)
         self.number_layers(drop_path)
         heads = [module.num_heads for module in self.net.modules() if hasattr(module, "num_heads")]
         self.arch = {"model": model, "img_size": list(img_size), "patch_size": self.stride, "in_chans": in_chans,
@@ -133,6 +119,7 @@ class Torchvision(nn.Module):
 
     def dissect(self, net, img_size, in_chans, max_stride):
         """Keep what is needed of `net` and note its sizes. Returns its steps, none if no map has such a stride."""
+        # The steps: what its forward calls, down to modules that are more than a line of others.
         leaves = {type(m) for m in net.modules() if not isinstance(m, LINES) or isinstance(m, ConvNormActivation)}
         tracing = {"tracer_kwargs": {"leaf_modules": list(leaves - {type(net)})}, "suppress_diff_warning": True}
         names = get_graph_node_names(net.eval(), **tracing)[1][1:]  # without the image
@@ -140,17 +127,19 @@ class Torchvision(nn.Module):
         with torch.no_grad():
             outputs = create_feature_extractor(net, names, **tracing)(torch.zeros(1, in_chans, *probe))
         shapes = [outputs[name].shape for name in names]
-        strides, channels_last = zip(*(stride_of(shape, probe) for shape in shapes), strict=True)
+        strides = [stride_of(shape, probe)[0] for shape in shapes]
+
         last = {stride: i for i, stride in enumerate(strides) if 0 < stride <= max_stride}  # step with this stride
         if not last:
             return []
         self.out_stride, end = max(last.items())
-        self.ends = {i: channels_last[i] for stride, i in sorted(last.items()) if stride >= min(4, self.out_stride)}
-        self.width = shapes[end][3 if channels_last[end] else 1]
+        maps = [i for stride, i in sorted(last.items()) if stride >= min(4, self.out_stride)]
+        self.ends = {i: stride_of(shapes[i], probe)[1] for i in maps}  # {step that gives a map: channels last?}
+        self.width = shapes[end][3 if self.ends[end] else 1]
+        self.stride, self.embed_width, self.first = 1, in_chans, 0  # `first` steps embed
         self.patchwise = isinstance(net, torchvision.models.SwinTransformer)
-        self.first = sum(name.startswith("features.0.") for name in names) if self.patchwise else 0  # steps that embed
-        self.stride, self.embed_width = 1, in_chans
-        if self.first:
+        if self.patchwise:
+            self.first = sum(name.startswith("features.0.") for name in names)
             self.stride, self.embed_width = strides[self.first - 1], shapes[self.first - 1][3]
         self.net = create_feature_extractor(net, [names[end]], **tracing)
         return [self.net.get_submodule(node.target) if node.op == "call_module" else
@@ -161,21 +150,22 @@ class Torchvision(nn.Module):
         modules = [step if isinstance(step, nn.Module) else nn.Identity() for step in self.steps]
         self.heavy = [any(p.dim() > 1 for p in module.parameters()) for module in modules]
         self.num_layers = sum(self.heavy) - 1
-        behind = len(modules) - self.heavy[::-1].index(True)  # the first step after the last layer
-        self.layers = [sum(self.heavy[: i + 1]) - 1 + (i >= behind) for i in range(len(modules))]
         self.drops = [[m for m in module.modules() if isinstance(m, DropPath)] for module in modules]
-        for layer, drops in zip(self.layers, self.drops, strict=True):
-            for drop in drops:
+        self.layers, layer_of = [], {}
+        for i, module in enumerate(modules):
+            behind = not any(self.heavy[i:])  # a norm behind the last layer
+            layer = sum(self.heavy[: i + 1]) - 1 + behind
+            self.layers.append(layer)
+            layer_of |= dict.fromkeys(module.parameters(), layer)
+            for drop in self.drops[i]:
                 drop.rate = drop_path * (layer - 1) / max(1, self.num_layers - 1)
-        owner = {id(p): layer for layer, module in zip(self.layers, modules, strict=True) for p in module.parameters()}
-        self.layer_of = {name: owner.get(id(p), 0) for name, p in self.named_parameters()}
+        self.layer_of = {name: layer_of.get(p, 0) for name, p in self.named_parameters()}
 
     def embed(self, imgs):
-        """(B, C, H, W) -> tokens (B, N, D), raster order. ValueError if images are not of the size and the channels
-        that the encoder was built for."""
-        if list(imgs.shape[1:]) != [self.arch["in_chans"], *self.arch["img_size"]]:
-            raise ValueError(f"expected {self.arch['in_chans']} channels of {self.arch['img_size']} pixels, got images "
-                             f"{list(imgs.shape[1:])}")
+        """(B, C, H, W) -> tokens (B, N, D), raster order. ValueError for other sizes or channels than was built for."""
+        in_chans, size = self.arch["in_chans"], self.arch["img_size"]
+        if list(imgs.shape[1:]) != [in_chans, *size]:
+            raise ValueError(f"expected {in_chans} channels of {size} pixels, got images {list(imgs.shape[1:])}")
         if not self.first:
             return imgs.flatten(2).transpose(1, 2)  # (B, H*W, C)
         for step in self.steps[: self.first]:
@@ -193,28 +183,33 @@ class Torchvision(nn.Module):
         found, learning = [], torch.is_grad_enabled()
         with contextlib.nullcontext() if learning else same_statistics(self.net):
             for i in range(self.first, len(self.steps)):
-                draws = None if noise is None else noise[:, 2 * self.layers[i] - 2 : 2 * self.layers[i]]  # (B, 2)
-                if self.checkpointing and self.heavy[i] and learning:
-                    contexts = functools.partial(computing, self.steps[i])
-                    x = checkpoint(self.step, i, x, draws, use_reentrant=False, preserve_rng_state=False,  # no draws
-                                   context_fn=contexts)
+                if self.checkpointing and self.heavy[i] and learning:  # there are no draws whose state to keep
+                    x = checkpoint(self.step, i, x, noise, use_reentrant=False, preserve_rng_state=False,
+                                   context_fn=functools.partial(self.recomputing, i))
                 else:
-                    x = self.step(i, x, draws)
+                    x = self.step(i, x, noise)
                 if i in self.ends:
                     found.append(x)
         return found
 
-    def step(self, i, x, draws):
-        """Step i; draws (B, 2) is the noise for its branches, or None."""
-        columns = None if draws is None else iter(draws.unbind(dim=1))  # 2 x (B,)
+    def step(self, i, x, noise):
+        """Step i; its branches take the two columns of its layer in `noise`, or drop nothing if that is None."""
+        last = 2 * self.layers[i]
+        columns = None if noise is None else iter(noise[:, last - 2 : last].unbind(dim=1))  # 2 x (B,)
         for drop in self.drops[i]:
             drop.columns = columns
         return self.steps[i](x)
 
+    def recomputing(self, i):
+        """Contexts of a step and of its recomputation."""
+        return contextlib.nullcontext(), same_statistics(self.steps[i])
+
     def encode(self, tokens, coords=None, grid=None, noise=None):
-        """tokens (B, N, D) of the whole map -> latent (B, N', width), raster order. `noise` (B, 2 * num_layers) uniform
-        in [0, 1) for stochastic depth, None for none. ValueError if it is not the whole map."""
+        """tokens (B, N, D) of the whole map, or a ViT's at `coords` (B, N, 2) -> latent (B, N', width), raster order.
+        `noise` (B, 2 * num_layers) in [0, 1) for stochastic depth. ValueError if tokens and map do not match."""
         x = self.run(self.enter(tokens, coords, grid), noise)[-1]
+        if x.dim() == 3:
+            return x
         return x.flatten(1, 2) if list(self.ends.values())[-1] else x.flatten(2).transpose(1, 2)  # (B, N', width)
 
     def maps(self, imgs, noise=None):
@@ -252,13 +247,8 @@ class TorchvisionViT(Torchvision):
         if coords is None and tokens.shape[1] != self.grid[0] * self.grid[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill the grid {self.grid}, and there are no coords")
         tokens = tokens + positions_at(self.pos_embed[:, 1:], coords, self.grid)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)  # (B, 1, D)
-        return torch.cat([cls, tokens], dim=1)  # (B, 1 + N, D)
-
-    def encode(self, tokens, coords=None, grid=None, noise=None):
-        """tokens (B, N, D), of the whole grid or of the places `coords` (B, N, 2) -> latent (B, 1 + N, D), class token
-        first. `noise` is taken; torchvision's ViTs have no stochastic depth."""
-        return self.run(self.enter(tokens, coords, grid), noise)[-1]
+        cls_token = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
+        return torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1 + N, D)
 
     def maps(self, imgs, noise=None):
         return [as_map(self.encode(self.embed(imgs), noise=noise)[:, 1:], self.grid)]  # (B, D, h, w)
