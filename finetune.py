@@ -1,55 +1,72 @@
-"""Fine-tuning: what a pre-trained encoder is worth once there are labels.
+r"""Fine-tuning: what a pre-trained encoder is worth once there are labels.
 
-    encoder.pt --> encoder --> mean of patch tokens (or class token) --> norm --> linear head --> cross-entropy
+    encoder.pt --> encoder --> mean of patch tokens (or class token) --> norm --> linear head -->
+    cross-entropy
 
-One script for every protocol: all of it trains, with smaller learning rates for earlier layers; or the last blocks
-(`--train_blocks 4`), or the head alone (`--mode linear`), or nothing (`--mode knn`); from pre-trained or from random
-weights (`--init none`); from an encoder that lost its last blocks or has them shuffled (`--drop_layers 2`,
-`--shuffle_layers`). Set-up and step are those of mae.py; what differs is the model, and labels instead of masks.
-protocols.py holds what a protocol does to a model, evaluate.py how it is judged.
+One script for every protocol: all of it trains, with smaller learning rates for earlier layers; or
+the last blocks (--train_blocks 4), or the head alone (--mode linear), or nothing (--mode knn); from
+pre-trained or from random weights (--init none). Set-up and step are those of mae.py. What differs
+is the model, and labels instead of masks.
 
-Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377, 4.3, A.1 and A.2.
+Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377, 4.3, A.1, A.2.
 
-    CPU     python finetune.py --config configs/finetune_tiny.yaml --init runs/mae/encoder.pt --out runs/finetune
-    1 GPU   python finetune.py --config configs/finetune_vit_b.yaml --init runs/mae_b/encoder.pt --data /data/imagenet
-    8 GPUs  torchrun --nproc-per-node 8 finetune.py --config configs/finetune_vit_b.yaml --init ... --data ...
-    check   python finetune.py --eval --init runs/finetune/encoder.pt --out runs/eval
-    use     python finetune.py --predict a.png b.png --init runs/finetune/encoder.pt
+    CPU     python finetune.py --config configs/finetune_tiny.yaml --init runs/mae/encoder.pt \
+                --out runs/finetune                                                  (top-1 57.0)
+    1 GPU   python finetune.py --config configs/finetune_vit_b.yaml --data /data/imagenet \
+                --init runs/mae_vit_b/encoder.pt --out runs/finetune_vit_b
+    8 GPUs  torchrun --nproc-per-node 8 finetune.py --config configs/finetune_vit_b.yaml \
+                --data /data/imagenet --init runs/mae_vit_b/encoder.pt \
+                --out runs/finetune_vit_b                                             (not measured)
+    check   python finetune.py --eval --data shapes --init runs/finetune/encoder.pt --out runs/eval
 """
 
+import copy
 import dataclasses
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.transforms import v2
 
 import data
 import models
-from common import checkpoint, engine, evaluate, protocols, weights
-from common.options import judges, one_of
-from common.transforms import always_alike, mix
+from common import (
+    checkpoint,
+    config,
+    engine,
+    evaluate,
+    neighbours,
+    optim,
+    plan,
+    randomness,
+    transforms,
+    weights,
+)
 
 
 @dataclasses.dataclass
-class Config(engine.RunConfig):
-    """Fine-tuning of ViT-B as MAE's released recipe has it; the paper's table differs in lr and layer decay."""
-
-    init: str = "none"  # encoder.pt of a run, or published weights (.pth, .safetensors); none for random weights
-    init_size: engine.Size = (0, 0)  # of the images that published weights were made for, where they do not tell
-    mode: str = "finetune"  # finetune; linear: the head alone, other defaults (see LINEAR); knn: nothing is trained
-    train_blocks: float = 0.0  # train only the last blocks and the head; 0.5 is the MLP of the last block; 0 trains all
-    drop_layers: int = 0  # cut off so many blocks of --init, from the end; of a pyramid from stage 3, with stage 4
-    shuffle_layers: bool = False  # blocks get the weights of other blocks of --init, at random
-    model: str = "auto"  # vit_b, swin_t, pvtv2_b2, torchvision:resnet18, ... (see models.py); auto as in --init
-    patch_size: int = 0  # pixels; 0 takes it from --init, or is 16 for a ViT and 4 for a pyramid
-    in_chans: int = 0  # image channels; 0 takes it from --init, or 3
-    img_size: engine.Size = (0, 0)  # height x width in pixels; 0 takes it from --init, or is 224
+class Config(config.RunConfig):
+    """Fine-tuning of ViT-B as in MAE's released recipe; the paper has another lr and decay."""
+    # The method
+    init: str = "none"  # encoder.pt of a run, or published weights; none for random weights
+    init_size: config.Size = (0, 0)  # of the images that published weights were made for, if needed
+    mode: str = "finetune"  # finetune; linear: the head alone (see LINEAR); knn: nothing trains
+    train_blocks: float = 0.0  # train only the last blocks; 0.5 is the last one's MLP; 0 trains all
+    model: str = "auto"  # vit_b, swin_t, pvtv2_b2, torchvision:resnet18, ...; auto as in --init
+    patch_size: int = 0  # pixels; 0 as in --init, or 16 for a ViT and 4 for a pyramid
     window: int = 0  # side of Swin's windows in tokens; 0 as in --init, or 7
-    pool: str = "auto"  # mean of patch tokens, or cls: the class token; auto as a classifier in --init, or mean
-    head_norm: str = "auto"  # layer, batch (no affine), none; auto: layer for mean, none for cls, batch for linear
-    head_start: str = "random"  # random, or probe: logistic regression on the frozen features of the training set
+    pool: str = "auto"  # mean of patch tokens, cls (class token); auto as in --init, or mean
+    head_norm: str = "auto"  # layer, batch (no affine), none; auto: see choose_head
+    head_start: str = "random"  # random, probe: logistic regression on frozen features
+    neighbours: int = 20  # of an image, which vote in knn
+    ema: float = 0.0  # decay of a moving average of the weights, which then counts; 0 for none
+    eval: bool = False  # evaluate the classifier in --init and stop
+    eval_epochs: float = 5.0  # epochs between evaluations
     split: str = "val"  # evaluate on val or test
-    labels: int = 0  # train on so many labelled images, the same number of every class; 0 for all
+    labels: int = 0  # train on so many images, the same number of every class; 0 for all
+    # The recipe
+    img_size: config.Size = (0, 0)  # height x width in pixels; 0 as in --init, or 224
+    in_chans: int = 0  # image channels; 0 as in --init, or 3
     layer_decay: float = 0.65  # lr of a layer relative to the next one
     drop_path: float = 0.1  # stochastic depth of the last block; grows linearly from 0 at the first
     mixup: float = 0.8  # alpha of mixup; 0 for none
@@ -58,7 +75,7 @@ class Config(engine.RunConfig):
     rand_augment: bool = True  # two random operations of magnitude 9
     color_jitter: float = 0.0  # strength; 0 for none
     random_erasing: float = 0.25  # probability
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area that a random crop covers; 1,1 for none
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # area that a crop covers; 1,1 for none
     flip: float = 0.5  # probability of a horizontal flip
     shift: int = 0  # largest random shift in pixels
     epochs: float = 100.0  # passes over the labelled images
@@ -72,260 +89,398 @@ class Config(engine.RunConfig):
     weight_decay: float = 0.05  # of matrices
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     clip_grad: float = 0.0  # largest gradient norm; 0 for no clipping
-    ema: float = 0.0  # decay of a moving average of the weights, which is then evaluated and exported; 0 for none
-    eval_epochs: float = 5.0  # epochs between evaluations
-    eval: bool = False  # evaluate the classifier in --init and stop
-    predict: tuple[str, ...] = ()  # image files: print what the classifier in --init takes each for, and stop
-    checkpoint: str = ""  # another name for --init
-    neighbours: int = 20  # of an image, which vote in knn
-    corruptions: bool = False  # judge on noisy, blurred, faded and coarse images, too, at five strengths each
-    confusion: bool = False  # draw OUT/pictures/confusion.png
+
+    may_change = ("micro_batch", "eval_epochs", "neighbours")
+
+    def check(self):
+        super().check()
+        config.one_of(self, mode="finetune linear knn", head_start="random probe")
+        config.one_of(self, split="val test", optimizer="auto adamw lars sgd")
+        config.one_of(self, pool="auto mean cls", head_norm="auto layer batch none")
+        config.in_range(self, mixup="[0, inf)", cutmix="[0, inf)", color_jitter="[0, inf)")
+        config.in_range(self, smoothing="[0, 1]", random_erasing="[0, 1]", layer_decay="[0, 1]")
+        config.in_range(self, drop_path="[0, 1)", ema="[0, 1)", neighbours="[1, inf)")
+        config.in_range(self, labels="[0, inf)", shift="[0, inf)", eval_epochs="[0, inf)")
+        if self.mode == "linear" and (self.mixup or self.cutmix):
+            raise ValueError("--mixup and --cutmix are of --mode finetune, and must be 0 in linear")
+        if self.eval and self.mode == "knn":
+            raise ValueError("one of --eval and --mode knn at a time")
+        if self.train_blocks and self.mode != "finetune":
+            raise ValueError(f"--train_blocks {self.train_blocks:g}: nothing of the encoder trains "
+                             f"in --mode {self.mode}")
+        if self.init == "none" and self.eval:
+            raise ValueError("--eval needs a classifier in --init")
+        if self.init == "none" and self.model == "auto":
+            raise ValueError("--init none needs a --model")
+
+    def evaluates_only(self):
+        return self.eval or self.mode == "knn"
 
 
-# What --mode linear has for defaults: MAE's linear probing of ViT-B (A.1), but for the class token (--pool cls), which
-# not every encoder has.
-LINEAR = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "rand_augment": False, "random_erasing": 0.0,
-          "epochs": 90.0, "warmup_epochs": 10.0, "batch_size": 16384, "micro_batch": 512, "base_lr": 0.1, "min_lr": 0.0,
-          "weight_decay": 0.0}
+# What --mode linear has for defaults: MAE's linear probing of ViT-B (A.1), but for the class token
+# (--pool cls), which not every encoder has.
+LINEAR = {
+    "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "rand_augment": False,
+    "random_erasing": 0.0, "epochs": 90.0, "warmup_epochs": 10.0, "batch_size": 16384,
+    "micro_batch": 512, "base_lr": 0.1, "min_lr": 0.0, "weight_decay": 0.0,
+}
 
 
 # ---------------------------------------- Model
 
 class Classifier(nn.Module):
-    """An encoder with a linear head on pooled, normalised features. The norm between them is a fresh LayerNorm in place
-    of the encoder's last one (`layer`, as MAE's code for mean pooling), a BatchNorm without affine behind it (`batch`,
-    as in MAE, A.1), or nothing (`none`)."""
+    """An encoder with a linear head on pooled, normalised features.
+
+    The norm between them is a LayerNorm in place of the encoder's last one (`layer`, as in MAE's
+    code for mean pooling), a BatchNorm without affine (`batch`, MAE, A.1), or nothing (`none`).
+    `average`: a copy whose weights follow slowly (MAE, A.2), or None. ValueError for another pool.
+    """
 
     def __init__(self, encoder, num_classes, pool="mean", head_norm="layer"):
         super().__init__()
-        if pool not in ("mean", "cls")[: 1 + encoder.num_prefix] or head_norm not in ("layer", "batch", "none"):
-            raise ValueError(f"--pool is mean or (ViT) cls, --head_norm layer, batch or none, not {pool}, {head_norm}")
+        if pool == "cls" and encoder.num_prefix == 0:
+            raise ValueError(f"--pool cls, but {encoder.arch['model']} has no class token: mean")
         self.encoder, self.pool, self.head_norm = encoder, pool, head_norm
-        norms = {"layer": lambda: nn.LayerNorm(encoder.width, eps=1e-6), "none": nn.Identity,
-                 "batch": lambda: nn.BatchNorm1d(encoder.width, affine=False, eps=1e-6)}
-        self.fc_norm = norms[head_norm]()
         if head_norm == "layer":
-            encoder.norm = nn.Identity()
+            self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6)
+        elif head_norm == "batch":
+            self.fc_norm = nn.BatchNorm1d(encoder.width, affine=False, eps=1e-6)
+        else:
+            self.fc_norm = nn.Identity()
         self.head = nn.Linear(encoder.width, num_classes)
-        self.num_noise = 2 * encoder.num_layers
-        nn.init.normal_(self.head.weight, std=0.01 if head_norm == "batch" else 2e-5)  # MAE's released code
+        nn.init.normal_(self.head.weight, std=0.01 if head_norm == "batch" else 2e-5)  # MAE's code
         nn.init.zeros_(self.head.bias)
-
-    def features(self, imgs, noise=None):
-        """(B, C, H, W) -> pooled features (B, D), before the head's norm."""
-        return evaluate.pooled(self.encoder, imgs, self.pool, noise)  # (B, D)
+        self.num_noise = 2 * encoder.num_layers
+        self.average = None
 
     def forward(self, imgs, noise=None):
-        """(B, C, H, W), or features (B, D) that were kept, -> logits (B, K); `noise` as the encoder takes it."""
-        features = imgs if imgs.dim() == 2 else self.features(imgs, noise)  # (B, D)
+        """imgs (B, C, H, W), or features (B, D) that were kept, -> logits (B, K). noise (B, 2 *
+        layers): for stochastic depth, or none."""
+        features = imgs
+        if imgs.dim() == 4:
+            features = neighbours.pooled(self.encoder, imgs, self.pool, noise)  # (B, D)
         return self.head(self.fc_norm(features))  # (B, K)
 
     def train(self, mode=True):
-        """As ever, but what is frozen stays as it is: BatchNorm in it keeps its statistics."""
+        """What is frozen stays in eval mode, so that BatchNorm in it keeps its statistics."""
         super().train(mode)
         for module in self.encoder.modules():
-            if (own := list(module.parameters(recurse=False))) and not any(p.requires_grad for p in own):
+            parameters = list(module.parameters(recurse=False))
+            if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
         return self
 
     def export(self, classes):
-        """What encoder.pt needs beside the encoder to classify again: plain data and the tensors of norm and head."""
-        tensors = {k: v for k, v in self.state_dict().items() if not k.startswith("encoder.")}
-        return {"pool": self.pool, "head_norm": self.head_norm, "classes": list(classes), "tensors": tensors}
-
-    def depth_below(self, name):
-        """How many layers a parameter lies below the head, for layer decay: 0 for norm and head themselves."""
-        inside = name.startswith("encoder.")
-        return self.encoder.num_layers + 1 - self.encoder.layer_id(name.removeprefix("encoder.")) if inside else 0
+        """What encoder.pt needs beside the encoder to classify again: plain data and tensors."""
+        tensors = {name: tensor for name, tensor in self.state_dict().items()
+                   if name.startswith(("fc_norm.", "head."))}
+        return {"pool": self.pool, "head_norm": self.head_norm, "classes": list(classes),
+                "tensors": tensors}
 
 
-def resolve(cfg):
-    """(cfg with model, sizes and channels as --init has them, content of --init). ValueError or FileNotFoundError,
-    in one line, if it is no encoder or another one than the options ask for."""
-    one_of(cfg, mode="finetune linear knn", head_start="random probe", split="val test",
-           optimizer="auto adamw lars sgd")
-    if cfg.mode == "linear" and (cfg.mixup or cfg.cutmix):
-        raise ValueError("--mixup and --cutmix are of --mode finetune, and must be 0 in linear")
-    names = {cfg.init, cfg.checkpoint or cfg.init} - {"none"}
-    if bool(cfg.eval) + bool(cfg.predict) + (cfg.mode == "knn") > 1 or len(names) > 1:
-        raise ValueError("one of --eval, --predict and --mode knn at a time, and one of --init and --checkpoint")
-    if not 0 <= cfg.ema < 1 or cfg.neighbours < 1 or cfg.drop_layers < 0:
-        raise ValueError("--ema takes [0, 1), --neighbours 1 or more, --drop_layers 0 or more, not "
-                         f"{cfg.ema}, {cfg.neighbours}, {cfg.drop_layers}")
-    if cfg.train_blocks and cfg.mode != "finetune":
-        raise ValueError(f"--train_blocks {cfg.train_blocks:g}: nothing of the encoder trains in --mode {cfg.mode}")
-    judged = "--eval" if cfg.eval else "--predict" if cfg.predict else ""
-    if judged and (cfg.drop_layers or cfg.shuffle_layers):
-        raise ValueError(f"--drop_layers and --shuffle_layers come before training, not with {judged}")
-    if cfg.corruptions and cfg.mode == "knn":
-        raise ValueError("--corruptions needs a classifier, which --mode knn has not")
-    cfg = dataclasses.replace(cfg, init=cfg.checkpoint or cfg.init)
-    if cfg.init == "none" and (judged or cfg.shuffle_layers or cfg.model == "auto"):
-        raise ValueError(f"{judged} needs a classifier in --init" if judged else "--shuffle_layers needs an --init"
-                         if cfg.shuffle_layers else "--init none needs a --model")
-    cfg, saved = weights.as_in_init(cfg)
-    if judged and "classifier" not in saved:
-        raise ValueError(f"{judged}: {cfg.init} holds an encoder and no classifier; fine-tune it first")
-    if cfg.corruptions and cfg.in_chans not in (1, 3):
-        raise ValueError(f"--corruptions know grey and RGB, not --in_chans {cfg.in_chans}")
-    return cfg, saved
+def choose_head(cfg, saved, evaluates):
+    """(pool, head_norm) of the classifier that the options and --init ask for. ValueError if they
+    contradict each other."""
+    head = saved.get("classifier") if saved else None
+    pool = cfg.pool
+    if pool == "auto":
+        pool = head["pool"] if head else "mean"
+    lost_norm = bool(saved) and weights.lost_its_norm(saved)  # it went into a head
 
+    if evaluates:
+        head_norm = head["head_norm"]
+        if pool != head["pool"] or cfg.head_norm not in ("auto", head_norm):
+            raise ValueError(f"--pool {pool} --head_norm {cfg.head_norm}, but the classifier in "
+                             f"{cfg.init} pools by {head['pool']} and has the norm {head_norm}")
+    elif cfg.head_norm != "auto":
+        head_norm = cfg.head_norm
+    elif lost_norm:
+        head_norm = "layer"
+    elif cfg.mode == "knn":
+        head_norm = "none"
+    elif cfg.mode == "linear" or cfg.head_start == "probe":
+        head_norm = "batch"
+    else:
+        head_norm = "layer" if pool == "mean" else "none"
 
-def build_encoder(cfg, saved):
-    """The encoder that the options and `saved` describe, with random weights."""
-    encoder = weights.encoder_for(cfg, saved, trains=cfg.mode == "finetune")
-    if cfg.drop_layers:
-        protocols.drop_layers(encoder, cfg.drop_layers)
-    return encoder
+    if lost_norm and head_norm != "layer":
+        raise ValueError(f"--head_norm {head_norm}, but the last norm of the encoder in {cfg.init} "
+                         "went into a head: layer, or auto, starts another one")
+    return pool, head_norm
 
 
 def build_classifier(cfg, saved, classes, load=True):
-    """The classifier to train or, with --eval, to evaluate; its encoder is the one in `saved`, or has random weights
-    (always without `load`). ValueError, in one line, if `saved` does not fit, or has no classifier of these classes."""
-    judged, head = load and (cfg.eval or cfg.predict), saved.get("classifier") if saved else None
-    if judged and not (head and (head.get("unnamed") or head["classes"] == classes)):
-        raise ValueError(f"{cfg.init} holds no classifier of the {len(classes)} classes {', '.join(classes)[:80]}")
-    if head and head.get("unnamed") and cfg.pool != "auto":  # from elsewhere: what it pools is told by no name
+    """The classifier to train or, with --eval, to evaluate. Its encoder is the one in `saved`, or
+    has random weights (always without `load`). ValueError, in one line, if `saved` does not fit, or
+    has no classifier of these classes."""
+    evaluates = load and cfg.eval
+    head = saved.get("classifier") if saved else None
+    is_unnamed = bool(head and head.get("unnamed"))  # from elsewhere: its classes have no names,
+    if is_unnamed and cfg.pool != "auto":  # nor do names tell what it pools
         head = {**head, "pool": cfg.pool}
         saved = {**saved, "classifier": head}
-    pool = cfg.pool if cfg.pool != "auto" else head["pool"] if head else "mean"
-    auto = "batch" if cfg.mode == "linear" or cfg.head_start == "probe" else "layer" if pool == "mean" else "none"
-    bare = saved and ("dense" in saved or (head and head["head_norm"] == "layer"))  # without a last norm of its own
-    if cfg.mode == "knn" or bare:
-        auto = "layer" if bare else "none"
-    head_norm = head["head_norm"] if judged else auto if cfg.head_norm == "auto" else cfg.head_norm
-    if judged and (pool != head["pool"] or cfg.head_norm not in ("auto", head_norm)):
-        raise ValueError(f"--pool {pool} --head_norm {cfg.head_norm}, but the classifier in {cfg.init} pools by "
-                         f"{head['pool']} and has the norm {head_norm}")
-    if bare and head_norm != "layer":
-        raise ValueError(f"--head_norm {head_norm}, but the last norm of the encoder in {cfg.init} went into a head: "
-                         "layer, or auto, starts another one")
-    make = lambda: Classifier(build_encoder(cfg, saved), len(classes), pool, head_norm)  # noqa: E731
-    model = make()
+    if evaluates and not (head and (is_unnamed or head["classes"] == classes)):
+        raise ValueError(f"{cfg.init} holds no classifier of the {len(classes)} classes "
+                         f"{', '.join(classes)[:80]}")
+
+    pool, head_norm = choose_head(cfg, saved, evaluates)
+    trains = cfg.mode == "finetune"
+    encoder = weights.encoder_for(cfg, saved, models.from_arch, trains,
+                                  final_norm=head_norm != "layer")
+    model = Classifier(encoder, len(classes), pool, head_norm)
     if saved and load:
         load_weights(cfg, model, saved, classes)
-    model.requires_grad_(cfg.mode == "finetune")
+
+    model.requires_grad_(trains)
     model.head.requires_grad_(True)
     if cfg.train_blocks:
-        protocols.freeze(model.encoder, cfg.train_blocks)
-    if cfg.ema and not judges(cfg):
-        average = make().requires_grad_(False)
-        average.load_state_dict(model.state_dict())
-        model.average = average
+        freeze(model.encoder, cfg.train_blocks)
+    if cfg.ema and not cfg.evaluates_only():
+        model.average = copy.deepcopy(model).requires_grad_(False)
     return model
 
 
 def load_weights(cfg, model, saved, classes):
-    """Copy the encoder in `saved` and, if it was fine-tuned, what still fits of its head, and say what that is: all of
-    it for the same classes, so that fine-tuning goes on; for others the norm, which was trained with the encoder."""
-    head, parts = saved.get("classifier"), []
-    if head and (head["pool"], head["head_norm"]) == (model.pool, model.head_norm) and not cfg.drop_layers:
-        same = cfg.mode == "finetune" and cfg.head_start == "random" and head["classes"] == classes
-        goes_on = cfg.eval or cfg.predict or same
-        parts = ["fc_norm", "head"] if goes_on else ["fc_norm"]
-        saved = {name: value for name, value in saved.items() if name != "classifier"}
-        saved["notes"] = [*saved.get("notes", []), f"kept of its classifier: {', '.join(parts)}"]
-    if cfg.drop_layers or cfg.shuffle_layers:
-        seed = cfg.seed if cfg.shuffle_layers else None
-        kept, notes = protocols.kept_tensors(model.encoder, saved["model"], seed)
-        saved = {**saved, "model": kept, "notes": [*saved.get("notes", []), *notes]}
-    fresh = [name for name in model.export(classes)["tensors"] if name.split(".")[0] not in parts]
+    """Copy the encoder in `saved` and what still fits of its head, and print what that is: for the
+    same classes all of it, so that fine-tuning goes on; for others the norm, which was trained with
+    the encoder."""
+    head = saved.get("classifier")
+    kept = []
+    if head and (head["pool"], head["head_norm"]) == (model.pool, model.head_norm):
+        goes_on = cfg.mode == "finetune" and cfg.head_start == "random"
+        same_classes = head["classes"] == classes
+        kept = ["fc_norm", "head"] if cfg.eval or (goes_on and same_classes) else ["fc_norm"]
+        notes = [*saved.get("notes", []), f"kept of its classifier: {', '.join(kept)}"]
+        saved = {**saved, "notes": notes}
+        del saved["classifier"]
+
+    names = model.export(classes)["tensors"]
+    fresh = [name for name in names if name.split(".")[0] not in kept]
     weights.load_encoder(model.encoder, saved, cfg.init, fresh)
-    for part in parts:
-        own = {k.removeprefix(part + "."): v for k, v in head["tensors"].items() if k.startswith(part + ".")}
-        checkpoint.load_exactly(getattr(model, part), own, f"{cfg.init}, {part}")
+    for part in kept:
+        tensors = {name.removeprefix(part + "."): tensor for name, tensor in head["tensors"].items()
+                   if name.startswith(part + ".")}
+        checkpoint.load_exactly(getattr(model, part), tensors, f"{cfg.init}, {part}")
+
+
+# ---------------------------------------- What a protocol does to a model
+
+def freeze(encoder, train_blocks):
+    """Leave the last `train_blocks` blocks of an encoder to train, and what comes after them. Half
+    a block, as in 0.5 or 1.5, is its MLP with the norm ahead of it (MAE, Fig. 9), and a merging
+    behind it. ValueError if there are no such blocks."""
+    if train_blocks % 0.5 or not 0 < train_blocks <= encoder.num_layers:
+        raise ValueError(f"--train_blocks takes 0.5, 1, 1.5, ... {encoder.num_layers}, not "
+                         f"{train_blocks:g}")
+    last_frozen = encoder.num_layers - int(train_blocks)  # of which the MLP may train
+    has_half = train_blocks % 1 > 0
+    found_half = False
+    for name, parameter in encoder.named_parameters():
+        depth = encoder.layer_id(name)
+        in_block = "blocks." in name
+        in_second_half = any(part in name for part in (".norm2.", ".mlp.", ".gamma_2"))
+        is_half = has_half and depth == last_frozen and (in_second_half or not in_block)
+        parameter.requires_grad_(depth > last_frozen or is_half)
+        found_half = found_half or (is_half and in_block)
+    if has_half and not found_half:
+        raise ValueError(f"--train_blocks {train_blocks:g}: the blocks of "
+                         f"{encoder.arch['model']} have no MLP half")
+
+
+def start_head(model, features, labels):
+    """Put L2-regularised logistic regression on normalised features (n, D), labels (n,), into the
+    head, so that fine-tuning does not begin by bending the encoder to a random one (Kumar et al.,
+    2022)."""
+    if isinstance(model.fc_norm, nn.BatchNorm1d):
+        model.fc_norm.running_mean.copy_(features.mean(dim=0))
+        model.fc_norm.running_var.copy_(features.var(dim=0, unbiased=False))
+    with torch.no_grad():
+        inputs = model.fc_norm.eval()(features)
+    solver = torch.optim.LBFGS(model.head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        solver.zero_grad()
+        penalty = 1e-2 * model.head.weight.square().sum()  # 1e-2: ours
+        loss = F.cross_entropy(model.head(inputs), labels) + penalty
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    model.head.zero_grad(set_to_none=True)
+
+
+def mix(imgs, targets, cfg, seed):
+    """Mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019) with one ratio for the whole global
+    batch: imgs (B, C, H, W), targets (B, K) one-hot -> the same shapes.
+
+    Images at positions 2i and 2i + 1 are each other's partners, so that no process needs an image
+    that another one holds. torchvision mixes an image with the next of its batch: handing over all
+    first and all second partners as a "batch" of two does just that.
+    """
+    choices = []
+    if cfg.mixup > 0:
+        choices.append(v2.MixUp(alpha=cfg.mixup, num_classes=2))
+    if cfg.cutmix > 0:
+        choices.append(v2.CutMix(alpha=cfg.cutmix, num_classes=2))
+    if not choices:
+        return imgs, targets
+
+    # DIFF: partners in mixup and cutmix are neighbours; timm pairs the first image of a batch with
+    # the last.
+    B, C, H, W = imgs.shape
+    if B % 2:  # the last image of a short batch is its own partner
+        imgs = torch.cat([imgs, imgs[-1:]])  # (B + 1, C, H, W)
+        targets = torch.cat([targets, targets[-1:]])  # (B + 1, K)
+        imgs, targets = mix(imgs, targets, cfg, seed)
+        return imgs[:B], targets[:B]
+
+    pairs = imgs.view(B // 2, 2, C, H, W).transpose(0, 1)  # (2, B/2, C, H, W)
+    pairs = pairs.reshape(2, -1, H, W)  # (2, B/2 * C, H, W)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ids = torch.arange(2, device=imgs.device)
+        pairs, share = v2.RandomChoice(choices)(pairs, ids)  # share (2, 2)
+    imgs = pairs.view(2, B // 2, C, H, W).transpose(0, 1).reshape(B, C, H, W)  # (B, C, H, W)
+    partners = targets.view(B // 2, 2, -1).flip(1).view(B, -1)  # (B, K)
+    return imgs, share[0, 0] * targets + share[0, 1] * partners
+
+
+def keep_features(cfg, run, model, dataset):
+    """A data set of features (D,) in the place of images, for a head that trains alone on images
+    that augmentation leaves as they are: exact, for a frozen encoder."""
+    images = data.evaluation(dataset, cfg, run)
+    features, labels = neighbours.extract(run, model.encoder, images, model.pool)
+    config.print_once(f"features of {len(labels)} images kept: nothing changes an image from epoch "
+                      "to epoch")
+    source = data.Memory(features.cpu(), labels.cpu(), images.classes)
+    return data.Images(source, nn.Identity(), cfg.seed)
 
 
 def build_optimizer(cfg, model):
     """AdamW, LARS or SGD with momentum (MAE, A.1), for layers that learn at rates of their own."""
-    kind = cfg.optimizer if cfg.optimizer != "auto" else "lars" if cfg.mode == "linear" else "adamw"
-    groups = engine.parameter_groups(model, cfg.weight_decay, lambda name: cfg.layer_decay ** model.depth_below(name))
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
-    return protocols.LARS(groups) if kind == "lars" else torch.optim.SGD(groups, momentum=0.9)
+    lr_scale = optim.layer_decay(model, cfg.layer_decay)
+    groups = optim.parameter_groups(model, cfg.weight_decay, lr_scale)
+    kind = cfg.optimizer
+    if kind == "auto":
+        kind = "lars" if cfg.mode == "linear" else "adamw"
+    if kind == "lars":
+        return optim.LARS(groups)
+    if kind == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9)
+    return torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
+
+
+def evaluate_alone(cfg, run, model, val):
+    """--eval and --mode knn: an evaluation without training."""
+    bank = None
+    if cfg.mode == "knn":
+        bank = data.evaluation(data.labelled_set(cfg, "train", augment=False), cfg, run)
+    if run.is_main:
+        run.take_folder()
+    if bank:
+        result = evaluate.nearest(run, model.encoder, bank, val, model.pool, cfg.neighbours)
+    else:
+        result = evaluate.accuracy(run, model, val)
+    evaluate.report(run, result, init=cfg.init)
+    engine.leave_processes()
+
+
+def resolve(cfg):
+    """(cfg with model, sizes and channels as --init has them, content of --init). ValueError or
+    FileNotFoundError, in one line, if it is no encoder or another one than the options ask for."""
+    cfg.check()
+    cfg, saved = weights.as_in_init(cfg, models.from_arch, models.SIZES)
+    if cfg.eval and "classifier" not in saved:
+        raise ValueError(f"--eval: {cfg.init} holds an encoder and no classifier; fine-tune it "
+                         "first")
+    return cfg, saved
 
 
 # ---------------------------------------- Training
 
 @engine.record
 def main(argv=None):
-    # Set-up: as in mae.py, with a labelled training and validation set, and layers that learn at their own rates.
-    cfg = engine.configure(Config, __doc__, argv, presets={"linear": LINEAR})
-    run = engine.start(cfg)
-    with engine.user_errors():
+    cfg = config.parse(Config, __doc__, argv, presets={"linear": LINEAR})
+    with config.user_errors():
         cfg, saved = resolve(cfg)
+    run = engine.Run(cfg)  # processes, device, precision
+    with config.user_errors():  # what is wrong with options, images or a checkpoint: one line
         if cfg.plan:
-            return engine.plan(cfg, lambda cfg: build_classifier(cfg, saved, range(1000), load=False))
-        if cfg.predict:
-            classes = saved["classifier"]["classes"]
-            return evaluate.predict(cfg, run, build_classifier(cfg, saved, classes).to(run.device), classes)
-        val = data.labelled_set(cfg, cfg.split)
-        classes = val.source.classes
-        model = build_classifier(cfg, saved, classes).to(run.device)
-        if cfg.eval or cfg.mode == "knn":
-            return evaluate.alone(cfg, run, model, val)
+            classes = range(1000)
+            return plan.show(cfg, lambda cfg: build_classifier(cfg, saved, classes, load=False))
+        val = data.evaluation(data.labelled_set(cfg, cfg.split), cfg, run)
+        model = build_classifier(cfg, saved, val.classes).to(run.device)
+        if cfg.evaluates_only():
+            return evaluate_alone(cfg, run, model, val)
         dataset = data.labelled_set(cfg, "train")
         sampler = data.global_batches(len(dataset), cfg, run)
-    optimizer = build_optimizer(cfg, model)
-    steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
-    peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
-    first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak, images=len(dataset))
-    if cfg.head_start == "probe" and not first:
-        plain = data.labelled_set(cfg, "train", augment=False)
-        protocols.start_head(model, *evaluate.extract(cfg, run, model.encoder, plain, model.pool))
+        optimizer = build_optimizer(cfg, model)
+        schedule = optim.Schedule(cfg, sampler.steps_per_epoch)
+        start_step = run.begin(model, optimizer, schedule, sampler, images=len(dataset))
+    if cfg.head_start == "probe" and start_step == 0:
+        plain = data.evaluation(data.labelled_set(cfg, "train", augment=False), cfg, run)
+        start_head(model, *neighbours.extract(run, model.encoder, plain, model.pool))
         if cfg.ema:  # the average begins where the head does
-            models.blend(model.average, model, 0.0)
-    if cached := cfg.mode == "linear" and always_alike(cfg):
-        dataset = evaluate.cached(cfg, run, model, dataset)
-    judged = model.average if cfg.ema else model
-    net = engine.distribute(cfg, run, model)
-    batches = engine.timed(run, data.loader(dataset, sampler, cfg.workers, pin=run.device.type == "cuda"))
+            optim.update_ema(model.average, model, 0.0)
+    keeps_features = cfg.mode == "linear" and transforms.always_alike(cfg)
+    if keeps_features:
+        dataset = keep_features(cfg, run, model, dataset)
+    best = model.average if cfg.ema else model  # what is evaluated and exported
+    net = run.distribute(model)
+    batches = data.loader(dataset, sampler.batches(start_step, run.last_step), cfg.workers)
+    batches = run.timed(batches)
 
-    # The loop. Every step is one optimizer step on one global batch, whatever holds it: processes x micro-batches.
     model.train()
-    for step in range(first, run.last):
-        lr = engine.schedule(cfg.schedule, step, steps, warmup, peak, cfg.min_lr)
+    for step in range(start_step, run.last_step):
+        # Learning rate of this step
+        lr = schedule.lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        size = sampler.size(step)
-        noise = engine.noise(cfg.seed, step, size, model.num_noise, use="drop path")  # (B, 2 * layers)
-        loss = torch.zeros((), device=run.device)
-        for left in reversed(range(sampler.micro_batches(step))):
-            imgs, labels, where = next(batches)
+
+        # Forward and backward: one global batch, shared by processes and cut into micro-batches
+        batch_size, num_micro_batches = sampler.size(step), sampler.num_micro_batches(step)
+        noise = randomness.noise(cfg.seed, step, batch_size, model.num_noise, use="drop path")
+        loss_sum = torch.zeros((), device=run.device)
+        for micro_step in range(num_micro_batches):
+            imgs, labels, positions = next(batches)  # positions of these images in the global batch
             imgs = imgs.to(run.device, non_blocking=True)
-            imgs = imgs if cached else data.normalize(imgs)  # (B, C, H, W), or (B, D)
-            targets = F.one_hot(labels.to(run.device), len(classes)).float()  # (B, K)
+            if not keeps_features:
+                imgs = transforms.normalize(imgs)  # (B, C, H, W)
+            targets = F.one_hot(labels.to(run.device), len(val.classes)).float()  # (B, K)
             if cfg.mode == "finetune":
-                imgs, targets = mix(imgs, targets, cfg, engine.seed_of(cfg.seed, "mix", step))
-            with engine.sync_on(left == 0, net), engine.autocast(run):
-                logits = net(imgs, noise[where].to(run.device))  # (B, K)
-                part = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.smoothing) * (len(imgs) / size)
-            run.scaler.scale(part * run.world).backward()  # DDP averages over processes: x world makes that a sum
-            loss += part.detach()
+                seed = randomness.seed_of(cfg.seed, "mix", step)
+                imgs, targets = mix(imgs, targets, cfg, seed)
+            is_last = micro_step == num_micro_batches - 1
+            with run.sync_gradients(net, is_last), run.autocast():
+                logits = net(imgs, noise[positions].to(run.device)).float()  # (B, K)
+                loss = F.cross_entropy(logits, targets, label_smoothing=cfg.smoothing)
+                loss = loss * (len(imgs) / batch_size)
+            run.scaler.scale(loss * run.world_size).backward()  # DDP averages: this makes it a sum
+            loss_sum += loss.detach()
+
+        # Update
         run.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if cfg.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
-        loss, grad_norm, told = engine.agree(run, loss, grad_norm)
-        engine.check_finite(run, step, lr, loss, grad_norm)
+        grad_norm = optim.clip(model, cfg.clip_grad)
+        loss, grad_norm = run.all_reduce_stats(step, lr, loss_sum, grad_norm)  # stops at a NaN
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if cfg.ema:
-            models.blend(model.average, model, cfg.ema)
+            optim.update_ema(model.average, model, cfg.ema)
 
-        engine.log(cfg, run, step, (step + 1) / sampler.steps_per_epoch, size, loss, lr, grad_norm)
-        if told or engine.save_due(cfg, run, step, sampler.steps_per_epoch):
-            engine.save(cfg, run, step + 1, model, optimizer, judged.encoder, classifier=judged.export(classes))
-        if told:
+        # Log, checkpoint, evaluation
+        run.log(step, batch_size, loss, lr, grad_norm)
+        if run.save_due(step):
+            run.save(step, model, optimizer, best.encoder, classifier=best.export(val.classes))
+        if run.stop_requested:
             break
-        if engine.due(run, step, cfg.eval_epochs * sampler.steps_per_epoch) and step + 1 < run.last:
-            result = evaluate.accuracy(cfg, run, judged, val)
-            engine.note(run, step=step + 1, top1=result["top1"], top5=result["top5"])
+        if run.due(step, cfg.eval_epochs) and step + 1 < run.last_step:
+            result = evaluate.accuracy(run, best, val)
+            run.note(step=step + 1, top1=result["top1"], top5=result["top5"])
             model.train()
-    if (done := step + 1 if run.last > first else first) == run.last:
-        evaluate.report(cfg, run, evaluate.judge(cfg, run, judged, val), step=done)
-    engine.finish(run, done)
+    if run.steps_done == run.last_step:
+        evaluate.report(run, evaluate.accuracy(run, best, val), step=run.steps_done)
+    run.finish()
 
 
 if __name__ == "__main__":

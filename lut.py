@@ -1,145 +1,333 @@
-"""LUT: MAE, beside which an encoder that sees everything tells the visible tokens what the whole picture looks like.
+r"""LUT: MAE, beside which an encoder that sees everything tells the visible tokens what the whole
+picture looks like.
 
-Every image comes as two views. The student encodes a quarter of each, no place twice, and repaints view 1 as MAE does.
-The teacher, a moving average of the student, encodes both in full, and what the student makes of one view is to point
-where the teacher's vector of the other view points.
+Every image comes as two views. The student encodes a quarter of each, no place twice, and predicts
+the hidden patches of view 1 as MAE does. The teacher, a moving average of the student, encodes both
+in full. What the student makes of one view is to point where the teacher's vector of the other view
+points.
 
     imgs (B,2,C,H,W) -- view 1 --MAE--> squared error on hidden patches, and latent (B,1+N_keep,D)
-      |                                                                     | mean, projector, predictor
-      +-- view 2 in full --teacher's encoder, mean, projector--> (B,D) <--cosine--> (B,D), and the other way round
+      |                                                                 | mean, projector, predictor
+      +-- view 2 in full --teacher, mean, projector--> (B,D) <--cosine--> (B,D), and the other way
 
-Paper: Kim et al., Learning with Unmasked Tokens Drives Stronger Vision Learners, arXiv 2310.13593. What main() calls
-imgs or sample (B, C, H, W) are pairs of views here, (B, 2, C, H, W), and its noise (B, N) is (B, N + 2).
+Paper: Kim et al., Learning with Unmasked Tokens Drives Stronger Vision Learners, arXiv 2310.13593.
+What main() calls imgs (B, C, H, W) are pairs of views here, (B, 2, C, H, W), and its noise (B, N)
+is (B, N + 2).
 
-    CPU     python lut.py --config configs/lut_tiny.yaml --out runs/lut                             (8 epochs: 0.44)
-    1 GPU   python lut.py --config configs/lut_vit_b.yaml --data /data/imagenet --out runs/lut_b    (not measured)
-    8 GPUs  torchrun --nproc-per-node 8 lut.py --config configs/lut_vit_b.yaml --data /data/imagenet --out runs/lut_b
+    CPU     python lut.py --config configs/lut_tiny.yaml --out runs/lut
+            (loss 0.44 with --epochs 8)
+    1 GPU   python lut.py --config configs/lut_vit_b.yaml --data /data/imagenet --out runs/lut_vit_b
+    8 GPUs  torchrun --nproc-per-node 8 lut.py --config configs/lut_vit_b.yaml \
+                --data /data/imagenet --out runs/lut_vit_b                            (not measured)
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.transforms import v2
 
 import data
 import models
-from common import engine, evaluate, figures, options
+from common import config, engine, figures, layers, neighbours, optim, plan, randomness, transforms
 
 
 @dataclass
-class Config(engine.RunConfig):
+class Config(config.RunConfig):
     """Pre-training of ViT-B as in LUT's main results (LUT, 5.1, and its released code)."""
+    # The method
     model: str = "vit_b"  # vit_tiny, vit_ti, vit_s, vit_b, vit_l, vit_h
     patch_size: int = 16  # pixels; must divide the image; 0 is 16
-    mask_ratio: float = 0.75  # share of a view's patches that the student does not see, in [0.5, 1)
+    mask_ratio: float = 0.75  # share of a view that the student does not see, in [0.5, 1)
     target: str = "norm_pixels"  # pixels, norm_pixels (each patch to mean 0, std 1)
     decoder_depth: int = 8  # blocks
     decoder_width: int = 512  # channels
     decoder_heads: int = 16  # attention heads
-    context_weight: float = 0.25  # of the context loss; with 0 and --one_directional it is MAE on LUT's crops
+    context_weight: float = 0.25  # of the context loss; 0 and --one_directional: MAE on LUT's crops
     pixel_weight: float = 1.0  # of MAE's loss beside it; 0 for the context loss alone
-    one_directional: bool = False  # the student sees view 1 alone and the teacher view 2 alone: cheaper
-    steering: str = "unmasked"  # what the context loss acts on: unmasked tokens, masked (the decoder's: ours), both
-    context: str = "pooled"  # cls, pooled (mean of tokens), tokens (place by place), pooled+tokens (their sum: ours)
-    context_loss: str = "cosine"  # cosine, infonce (temperature 0.2: ours), smooth_l1 (of unnormalised vectors: ours)
+    one_directional: bool = False  # the student sees view 1 alone and the teacher view 2: cheaper
+    steering: str = "unmasked"  # what the context loss acts on: unmasked, masked (ours), both
+    context: str = "pooled"  # cls, pooled (mean of tokens), tokens, pooled+tokens (sum: ours)
+    context_loss: str = "cosine"  # cosine, infonce (temperature 0.2: ours), smooth_l1 (ours)
     head_width: int = 4096  # hidden channels of projector and predictor
     target_mask_ratio: float = 0.0  # share of patches that the teacher does not see, in [0, 1)
-    ema_decay: float = 0.996  # of the teacher at the first step; a cosine takes it to 1 at the last
-    img_size: engine.Size = (224, 224)  # height x width in pixels
+    ema_decay: float = 0.996  # of the teacher at the first step; a cosine takes it to 1
+    # The recipe
+    img_size: config.Size = (224, 224)  # height x width in pixels
     in_chans: int = 3  # image channels
-    crop: str = "simple"  # simple (resized to cover img_size, then cut out anywhere), random_resized (with --shift 0)
-    shift: int = 4  # pixels of mirrored border that a crop may reach into
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area that a random_resized crop covers
+    crop: str = "simple"  # simple (resized to cover img_size, cut out anywhere), random_resized
+    shift: int = 4  # pixels of mirrored border that a simple crop may reach into
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # area that a random_resized crop covers
     flip: float = 0.5  # probability of a horizontal flip, for each view
-    view_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # view 2: brightness to hue, with p 0.8
+    view_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # of view 2, up to hue
     three_augment: bool = True  # view 2 is then made grey, solarized or blurred
     epochs: float = 1600.0  # passes over the images; ablations in the paper take 400
     warmup_epochs: float = 40.0  # linear warm-up of the learning rate
     batch_size: int = 4096  # images of one optimizer step, over all processes
     micro_batch: int = 128  # images that one process holds at once
     base_lr: float = 1.5e-4  # per lr_batch images: lr = base_lr * batch_size / lr_batch
-    lr_batch: float = 256.0  # images that base_lr is stated for; 4 sqrt(batch_size) is the released code's rule
+    lr_batch: float = 256.0  # images of base_lr; the released code's rule is 4 sqrt(batch_size)
     min_lr: float = 0.0  # end of the cosine
     weight_decay: float = 0.05  # AdamW
-    # DIFF: LUT's text has betas of 0.9, 0.999 and a layer decay of 0.65; as in its code, 0.9, 0.95 and none.
+    # DIFF: LUT's text has betas of 0.9, 0.999 and a layer decay of 0.65; as in its code, 0.9, 0.95
+    # and none.
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     clip_grad: float = 0.0  # largest gradient norm; 0 for no clipping
+
+    def check(self):
+        super().check()
+        config.one_of(self, target="pixels norm_pixels", steering="unmasked masked both")
+        config.one_of(self, context="pooled cls tokens pooled+tokens", crop="simple random_resized")
+        config.one_of(self, context_loss="cosine infonce smooth_l1")
+        config.in_range(self, mask_ratio="[0.5, 1)", target_mask_ratio="[0, 1)", shift="[0, inf)")
+        config.in_range(self, context_weight="[0, inf)", pixel_weight="[0, inf)")
+        config.in_range(self, ema_decay="[0, 1]", head_width="[1, inf)")
+        if "tokens" in self.context and self.target_mask_ratio:
+            raise ValueError(f"--context {self.context} needs all of the teacher's tokens: "
+                             "--target_mask_ratio 0")
+        if self.context == "cls" and self.steering != "unmasked":
+            raise ValueError("--context cls is no token that --steering "
+                             f"{self.steering} could act on")
+        if min(self.micro_batch, self.batch_size) < 2 or not self.drop_last:
+            raise ValueError("BatchNorm needs two images at once, and as many on every process: "
+                             "--micro_batch 2 or more, and no --drop_last false")
+        if min(self.view_jitter) < 0 or max(self.view_jitter) > 1 or self.view_jitter[3] > 0.5:
+            raise ValueError("--view_jitter takes four numbers in [0, 1], the last in [0, 0.5], "
+                             f"not {self.view_jitter}")
+
+    def views(self, augmentation):
+        """What data.pretrain_set makes of an image: two draws of its augmentation."""
+        return TwoViews(augmentation, self.crop == "simple", self.view_jitter, self.in_chans)
+
+
+# ---------------------------------------- Views
+
+class TwoViews:
+    """Two independent draws of one image, uint8 (C, h, w) -> (2, C, *img_size).
+
+    The colours of the second one are jittered, brightness, contrast, saturation and hue by up to
+    `jitter`, in four of five images (LUT's released code). Channels other than RGB have no hue:
+    their brightness and contrast are jittered, every channel by the same factors. `share_first`:
+    the first step of the augmentation draws nothing, and is done once for both.
+    """
+
+    def __init__(self, augmentation, share_first, jitter, in_chans):
+        steps = augmentation.transforms
+        self.shared = steps[:1] if share_first else []
+        self.each = v2.Compose(steps[len(self.shared) :])
+        self.rgb = in_chans == 3
+        self.jitter = v2.RandomApply([v2.ColorJitter(*jitter if self.rgb else jitter[:2])], 0.8)
+
+    def __call__(self, image):
+        for step in self.shared:
+            image = step(image)
+        one = self.each(image)  # (C, H, W)
+        two = self.each(image)  # (C, H, W)
+        if self.rgb:
+            two = self.jitter(two)
+        else:
+            two = self.jitter(two[:, None])[:, 0]  # (C, H, W), as C grey images
+        return torch.stack([one, two])  # (2, C, H, W)
+
+
+def blur(imgs, sigma):
+    """Every image (B, C, H, W) with a Gaussian of its own standard deviation, sigma (B,): a product
+    with a matrix for rows and one for columns, whose lines are the Gaussian around one pixel, as
+    far as it lies in the image, with sum 1."""
+    def weights(n):
+        place = torch.arange(n, device=imgs.device)
+        offset = place - place[:, None]  # (n, n)
+        exponent = offset.square() / (-2 * sigma.square()[:, None, None, None])  # (B, 1, n, n)
+        return exponent.softmax(dim=3)
+
+    return weights(imgs.shape[2]) @ imgs @ weights(imgs.shape[3]).mT  # (B, C, H, W)
+
+
+@torch.no_grad()
+def three_augment(imgs, noise):
+    """Each normalised image (B, C, H, W) in grey, solarized from half brightness up, or blurred by
+    0.1 to 2 pixels (DeiT III, as LUT uses it), in fp32. noise (B, 2), uniform in [0, 1), picks one,
+    and how far it is blurred. Channels other than RGB are solarized or blurred."""
+    mean, std = transforms.mean_std(imgs.shape[1], imgs.device)
+    with torch.autocast(imgs.device.type, enabled=False):
+        pixels = imgs.float() * std + mean  # in [0, 1]
+        # DIFF: LUT's second view is blurred by a Gaussian itself; Pillow, in its released code,
+        # takes box filters.
+        blurred = blur(pixels, 0.1 + 1.9 * noise[:, 1])
+        kinds = [v2.functional.solarize(pixels, 0.5), blurred]
+        if imgs.shape[1] == 3:
+            kinds.append(v2.functional.rgb_to_grayscale(pixels, num_output_channels=3))
+        kind = (noise[:, 0] * len(kinds)).long()  # (B,)
+        row = torch.arange(len(imgs), device=imgs.device)
+        pixels = torch.stack(kinds)[kind, row]  # (B, C, H, W)
+        return (pixels - mean) / std
+
+
+# ---------------------------------------- Heads
+
+class AllGather(torch.autograd.Function):
+    """Rows (B, ...) of all processes, by rank: (world_size * B, ...); gradients go back to where a
+    row is from."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)  # (world_size * B, ...)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]  # (B, ...)
+
+
+def all_gather(x):
+    """(rows of all processes as one batch, by rank; the slice of them that is this process's own).
+    x (B, ...), of the same B everywhere."""
+    if not dist.is_initialized():
+        return x, slice(len(x))
+    first = dist.get_rank() * len(x)
+    return AllGather.apply(x), slice(first, first + len(x))  # (world_size * B, ...)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm of (B, D) over what all processes hold at once, as nn.SyncBatchNorm does on GPUs
+    alone. Each of them normalises the whole batch and goes on with its part, so that the running
+    averages are the same everywhere."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        x, own = all_gather(x)  # (world_size * B, D)
+        return super().forward(x)[own]  # (B, D)
+
+
+def mlp_head(width, hidden):
+    """Projector or predictor, (B, D) -> (B, D): no biases, BatchNorm between the two layers only
+    (LUT's released code)."""
+    head = nn.Sequential(nn.Linear(width, hidden, bias=False), BatchNorm(hidden), nn.ReLU(),
+                         nn.Linear(hidden, width, bias=False))
+    return head.apply(layers.init_weights)
 
 
 # ---------------------------------------- Model
 
 class LUT(nn.Module):
-    """Student and teacher that `cfg` describes; ValueError if its options do not fit together. Of V*B rows the first B
-    belong to view 1 and the others, which there are not if it is `one_directional`, to view 2."""
+    """Student and teacher that `cfg` describes. Of V*B rows the first B belong to view 1, the
+    others to view 2; with --one_directional V is 1. ValueError if its sizes do not fit."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.encoder, encoder = (models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans) for _ in range(2))
-        check(cfg, encoder)
-        self.cfg, D = cfg, encoder.width
-        self.decoder = models.Decoder(D, encoder.stride**2 * cfg.in_chans, encoder.grid, cfg.decoder_width,
-                                      cfg.decoder_depth, cfg.decoder_heads)
+        self.cfg = cfg
+        self.encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
+        teacher = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
+        if self.encoder.num_prefix == 0:
+            raise ValueError(f"{cfg.model} cannot encode a set of patches, as a ViT can; "
+                             "um_mae.py is for pyramids")
+        if self.encoder.grid == (1, 1):
+            raise ValueError("two views that show no place twice need two patches or more, not one")
+        self.grid, self.patch_size = self.encoder.grid, self.encoder.stride
+        self.num_patches = self.grid[0] * self.grid[1]  # N
+        self.N_keep = self.count_kept(cfg.mask_ratio)
+        self.N_taught = self.count_kept(cfg.target_mask_ratio)
+        # DIFF: LUT's text has one masked view and the other in full, as --one_directional; here as
+        # in its code, both.
+        self.num_views = 1 if cfg.one_directional else 2  # V
+        self.num_noise = self.num_patches + 2  # for the masks, and for what is done to view 2
+        self.input_shape = (2, cfg.in_chans, *cfg.img_size)
+
+        D, pixels = self.encoder.width, self.patch_size**2 * cfg.in_chans
+        self.decoder = models.Decoder(D, pixels, self.grid, cfg.decoder_width, cfg.decoder_depth,
+                                      cfg.decoder_heads)
         self.encoder.checkpointing = self.decoder.checkpointing = cfg.activation_checkpointing
         self.mask_token = nn.Parameter(torch.randn(1, 1, cfg.decoder_width) * 0.02)
         self.lift = nn.Linear(cfg.decoder_width, D) if cfg.steering != "unmasked" else None
-        self.projector, self.predictor, projector = (models.mlp_head(D, cfg.head_width) for _ in range(3))
-        self.teacher = nn.ModuleDict({"encoder": encoder, "projector": projector}).requires_grad_(False).eval()
+        self.projector = mlp_head(D, cfg.head_width)
+        self.predictor = mlp_head(D, cfg.head_width)
+        self.teacher = nn.ModuleDict(
+            {"encoder": teacher, "projector": mlp_head(D, cfg.head_width)})
+        self.teacher.requires_grad_(False).eval()
         self.update_ema(0.0)  # makes it a copy of the student
-        # DIFF: LUT's text has one masked view and the other in full, as --one_directional; here as in its code, both.
-        self.views = 1 if cfg.one_directional else 2  # V
-        self.N = encoder.grid[0] * encoder.grid[1]
-        self.N_keep, self.N_taught = (max(1, math.floor(self.N * (1 - ratio) + 1e-9))  # 100 * (1 - 0.9) is 9.999...
-                                      for ratio in (cfg.mask_ratio, cfg.target_mask_ratio))
-        self.num_noise = self.N + 2  # for the masks, and for what becomes of view 2
-        self.input_shape = (2, cfg.in_chans, *cfg.img_size)
 
-    def train(self, mode=True):
-        """The teacher stays in eval mode: its BatchNorm has averages, which lag by some 1 / (1 - ema_decay) steps."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
+    def count_kept(self, ratio):
+        return max(1, math.floor(self.num_patches * (1 - ratio) + 1e-9))  # 100 * (1 - 0.9): 9.999
+
+    def forward(self, imgs, noise):
+        """imgs (B, 2, C, H, W) normalised, noise (B, N + 2) uniform in [0, 1) -> loss, a scalar."""
+        B, V = len(imgs), self.num_views
+        noise, view_noise = noise[:, : self.num_patches], noise[:, self.num_patches :]
+        views = self.augment(imgs, view_noise)  # (2, B, C, H, W)
+        student_imgs = views[:V].flatten(0, 1)  # (V*B, C, H, W)
+        teacher_imgs = views.flip(0)[:V].flatten(0, 1)  # (V*B, C, H, W), the other view of each
+        taught = self.teach(teacher_imgs, noise)  # (V*B, 1 + N, D)
+
+        ids_keep, ids_restore, mask = self.mask(noise)
+        latent = self.encode(student_imgs, ids_keep)  # (V*B, 1 + N_keep, D)
+        # Only view 1 is predicted; the context loss may need the decoder's tokens of both.
+        num_decoded = B if self.cfg.steering == "unmasked" else V * B
+        decoded = self.decode(latent[:num_decoded], ids_restore[:num_decoded])
+        pred = self.decoder.pred(decoded[:B])  # (B, N, p*p*C)
+
+        pixel_loss = self.loss(pred, self.target(views[0]), mask[:B])
+        context_loss = self.context(latent, decoded, ids_restore, taught)
+        return self.cfg.pixel_weight * pixel_loss + self.cfg.context_weight * context_loss
 
     def augment(self, imgs, noise):
-        """Pairs (B, 2, C, H, W) and noise (B, 2) -> both views, view 2 as the networks see it: (2, B, C, H, W)."""
+        """Pairs (B, 2, C, H, W) and noise (B, 2) -> both views, view 2 as the networks see it:
+        (2, B, C, H, W)."""
         one, two = imgs.unbind(dim=1)  # each (B, C, H, W)
-        return torch.stack([one, data.three_augment(two, noise) if self.cfg.three_augment else two])  # (2, B, C, H, W)
-
-    def embed(self, imgs):
-        return self.encoder.embed(imgs)  # (V*B, N, D)
+        if self.cfg.three_augment:
+            two = three_augment(two, noise)
+        return torch.stack([one, two])  # (2, B, C, H, W)
 
     def mask(self, noise):
-        """Uniform noise (B, N) -> ids_keep (V*B, N_keep), ids_restore (V*B, N), mask (V*B, N) bool, True = hidden.
-        View 1 keeps what comes first in the sorted noise, view 2 what comes next: disjoint places of the grid, though
-        not of the picture, out of which the two views are cut independently."""
-        ids = noise.argsort(dim=1, stable=True)  # (B, N); stable: the same on CPU and GPU
-        ids = torch.cat([ids, ids.roll(-self.N_keep, dims=1)][: self.views])  # (V*B, N), what is kept comes first
-        ids_restore = ids.argsort(dim=1)  # (V*B, N), where in `ids` each patch of the grid stands
-        return ids[:, : self.N_keep], ids_restore, ids_restore >= self.N_keep
+        """noise (B, N) -> ids_keep (V*B, N_keep), ids_restore (V*B, N), mask (V*B, N) bool, True =
+        hidden.
 
-    def encode(self, tokens, ids_keep, encoder=None):
-        """Only the tokens at ids_keep go through the encoder (the student's): (V*B, N, D) -> (V*B, 1 + N_keep, D)."""
-        coords = torch.stack(torch.unravel_index(ids_keep, self.encoder.grid), dim=2)  # (V*B, N_keep, 2)
-        return (encoder or self.encoder).encode(models.gather(tokens, ids_keep), coords)  # (V*B, 1 + N_keep, D)
+        View 1 keeps what comes first in the sorted noise, view 2 what comes next: disjoint places
+        of the grid, though not of the picture, out of which both views are cut independently.
+        """
+        one = noise.argsort(dim=1, stable=True)  # (B, N); stable: alike on CPU and GPU
+        two = one.roll(-self.N_keep, dims=1)
+        ids_shuffle = torch.cat([one, two][: self.num_views])  # (V*B, N)
+        ids_restore = ids_shuffle.argsort(dim=1)  # (V*B, N)
+        return ids_shuffle[:, : self.N_keep], ids_restore, ids_restore >= self.N_keep
+
+    def encode(self, imgs, ids_keep, encoder=None):
+        """Only the patches at ids_keep go through the encoder (the student's) -> latent (V*B, 1 +
+        N_keep, D), class token first."""
+        encoder = encoder or self.encoder
+        visible = layers.gather(encoder.embed(imgs), ids_keep)  # (V*B, N_keep, D)
+        coords = torch.stack(torch.unravel_index(ids_keep, self.grid), dim=2)  # (V*B, N_keep, 2)
+        return encoder.encode(visible, coords)
 
     def decode(self, latent, ids_restore):
-        """Mask tokens are appended, the list is put back in raster order and decoded: (V*B, N, decoder_width), out of
-        which `decoder.pred` makes pixels."""
+        """Mask tokens stand for hidden patches: (V*B, N, decoder_width), out of which decoder.pred
+        makes pixels."""
         x = self.decoder.embed(latent)  # (V*B, 1 + N_keep, decoder_width)
-        cls, x = x[:, :1], x[:, 1:]
-        hidden = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] - x.shape[1], -1)
-        x = models.gather(torch.cat([x, hidden], dim=1), ids_restore)  # (V*B, N, decoder_width), now in raster order
-        return self.decoder.decode(torch.cat([cls, x], dim=1))  # (V*B, N, decoder_width)
+        cls, visible = x[:, :1], x[:, 1:]
+        num_hidden = self.num_patches - visible.shape[1]
+        hidden = self.mask_token.to(x.dtype).expand(len(x), num_hidden, -1)
+        patches = torch.cat([visible, hidden], dim=1)  # (V*B, N, decoder_width), shuffled
+        patches = layers.gather(patches, ids_restore)  # (V*B, N, decoder_width), raster order
+        return self.decoder.decode(torch.cat([cls, patches], dim=1))  # (V*B, N, decoder_width)
 
-    def target(self, imgs, flat=False):
-        """What to paint on each patch, fp32: (B, N, p*p*C). `flat`: as if every patch had one colour."""
-        patches = painted = models.patchify(imgs.float(), self.encoder.stride)  # (B, N, p*p*C)
-        if flat:
-            pixels = patches.unflatten(2, (-1, self.cfg.in_chans))  # (B, N, p*p, C)
-            painted = pixels.mean(dim=2, keepdim=True).expand_as(pixels).flatten(2)  # (B, N, p*p*C)
-        mean, std = models.patch_statistics(patches) if self.cfg.target == "norm_pixels" else (0.0, 1.0)
-        return (painted - mean) / std
+    def target(self, imgs):
+        """What to predict for each patch, fp32: (B, N, p*p*C)."""
+        patches = layers.patchify(imgs.float(), self.patch_size)  # (B, N, p*p*C)
+        return self.normalise(patches, imgs)
+
+    def normalise(self, patches, imgs):
+        """Patches (B, N, p*p*C) on the scale of the target of imgs, fp32."""
+        if self.cfg.target == "norm_pixels":
+            own = layers.patchify(imgs.float(), self.patch_size)  # (B, N, p*p*C)
+            mean, std = layers.patch_statistics(own)
+            return (patches - mean) / std
+        return patches
 
     def loss(self, pred, target, mask):
         """MAE's loss: mean squared error over hidden patches, fp32."""
@@ -148,169 +336,186 @@ class LUT(nn.Module):
 
     @torch.no_grad()
     def teach(self, imgs, noise):
-        """The teacher's latent of whole images, (V*B, 1 + N, D); or of what --target_mask_ratio leaves of them: patches
-        that the student sees last, if at all (ours; the paper does not say)."""
+        """The teacher's latent of whole images, (V*B, 1 + N, D); or of what --target_mask_ratio
+        leaves of them: patches that the student sees last, if at all (ours)."""
         encoder = self.teacher["encoder"]
-        if self.N_taught == self.N:
+        if self.N_taught == self.num_patches:
             return encoder(imgs)
         ids = noise.argsort(dim=1, stable=True)[:, -self.N_taught :]  # (B, N_taught)
-        return self.encode(encoder.embed(imgs), ids.repeat(self.views, 1), encoder)
+        return self.encode(imgs, ids.repeat(self.num_views, 1), encoder)
 
     def context(self, latent, decoded, ids_restore, taught):
-        """LUT's loss: how far the student's vectors of a view are from the teacher's of the other one, fp32. Tokens are
-        compared place by place on the grid, wherever crops and flips put these in the picture."""
-        tokens, ids = latent[:, 1:], ids_restore.argsort(dim=1)  # (V*B, N_keep, D), (V*B, N)
+        """LUT's loss: how far the student's vectors of a view are from the teacher's of the other,
+        fp32. Tokens are compared place by place on the grid, wherever crops and flips put these in
+        the picture."""
+        # The student's tokens and their places, visible ones first
+        tokens = latent[:, 1:]  # (V*B, N_keep, D)
+        ids_shuffle = ids_restore.argsort(dim=1)  # (V*B, N)
         if self.lift:
-            tokens = torch.cat([tokens, self.lift(models.gather(decoded, ids[:, self.N_keep :]))], dim=1)  # (V*B, N, D)
-        steered = {"unmasked": slice(self.N_keep), "masked": slice(self.N_keep, None), "both": slice(None)}
-        tokens, ids = (x[:, steered[self.cfg.steering]] for x in (tokens, ids))  # (V*B, T, D), (V*B, T)
-        pairs = {"cls": (latent[:, :1], taught[:, :1]),  # the student's and the teacher's, both (V*B, T or 1, D)
-                 "pooled": (tokens.mean(dim=1, keepdim=True), taught[:, 1:].mean(dim=1, keepdim=True))}
-        if "tokens" in self.cfg.context:
-            pairs["tokens"] = (tokens, models.gather(taught[:, 1:], ids))  # each (V*B, T, D)
+            hidden = layers.gather(decoded, ids_shuffle[:, self.N_keep :])
+            tokens = torch.cat([tokens, self.lift(hidden)], dim=1)  # (V*B, N, D)
+        parts = {"unmasked": slice(self.N_keep), "masked": slice(self.N_keep, None),
+                 "both": slice(None)}
+        part = parts[self.cfg.steering]
+        tokens, ids = tokens[:, part], ids_shuffle[:, part]  # (V*B, T, D), (V*B, T)
+
         loss = 0.0
         for name in self.cfg.context.split("+"):
-            for student, teacher in zip(*(x.chunk(self.views) for x in pairs[name]), strict=True):
-                student = self.predictor(self.projector(student.flatten(0, 1)))  # (B*T, D); BatchNorm sees one view
-                loss = loss + self.distance(student, self.teacher["projector"](teacher.flatten(0, 1)))  # (B*T, D)
-        return loss / self.views
+            if name == "cls":
+                student, teacher = latent[:, :1], taught[:, :1]  # each (V*B, 1, D)
+            elif name == "pooled":
+                student = tokens.mean(dim=1, keepdim=True)  # (V*B, 1, D)
+                teacher = taught[:, 1:].mean(dim=1, keepdim=True)  # (V*B, 1, D)
+            else:
+                student, teacher = tokens, layers.gather(taught[:, 1:], ids)  # each (V*B, T, D)
+
+            # View by view: BatchNorm sees one of them at a time.
+            pairs = zip(student.chunk(self.num_views), teacher.chunk(self.num_views), strict=True)
+            for student, teacher in pairs:  # each (B, T, D)
+                student = self.predictor(self.projector(student.flatten(0, 1)))  # (B*T, D)
+                teacher = self.teacher["projector"](teacher.flatten(0, 1))  # (B*T, D)
+                loss = loss + self.distance(student, teacher)
+        return loss / self.num_views
 
     def distance(self, student, teacher):
         """Of n vectors (n, D) from the teacher's, on average, fp32."""
         student, teacher = student.float(), teacher.float()
-        if self.cfg.context_loss == "smooth_l1":
+        if self.cfg.context_loss == "smooth_l1":  # of vectors that are not normalised
             return F.smooth_l1_loss(student, teacher)
         student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
         if self.cfg.context_loss == "cosine":
             return 2 - 2 * (student * teacher).sum(dim=1).mean()
-        keys, own = models.everyones(teacher)  # (n of all processes, D): wrong answers but for one each
-        with torch.autocast(keys.device.type, enabled=False):
-            return F.cross_entropy(student @ keys.T / 0.2, torch.arange(len(keys), device=keys.device)[own])
 
-    def forward(self, imgs, noise):
-        """imgs (B, 2, C, H, W) normalised, noise (B, N + 2) uniform in [0, 1) -> loss, a scalar."""
-        B, V = len(imgs), self.views
-        views, noise = self.augment(imgs, noise[:, self.N :]), noise[:, : self.N]  # (2, B, C, H, W), (B, N)
-        taught = self.teach(views.flip(0)[:V].flatten(0, 1), noise)  # (V*B, 1 + N, D), of the other view
-        ids_keep, ids_restore, mask = self.mask(noise)
-        latent = self.encode(self.embed(views[:V].flatten(0, 1)), ids_keep)  # (V*B, 1 + N_keep, D)
-        n = B if self.cfg.steering == "unmasked" else V * B  # only view 1 is painted
-        decoded = self.decode(latent[:n], ids_restore[:n])
-        loss = self.cfg.pixel_weight * self.loss(self.decoder.pred(decoded[:B]), self.target(views[0]), mask[:B])
-        return loss + self.cfg.context_weight * self.context(latent, decoded, ids_restore, taught)
+        # InfoNCE: the teacher's vectors of all processes are wrong answers, but for one each.
+        keys, own = all_gather(teacher)  # (n of all processes, D)
+        with torch.autocast(keys.device.type, enabled=False):
+            answers = torch.arange(len(keys), device=keys.device)[own]
+            return F.cross_entropy(student @ keys.T / 0.2, answers)
 
     def update_ema(self, decay):
-        """teacher = decay * teacher + (1 - decay) * student, BatchNorm's running averages included (released code)."""
-        models.blend(self.teacher, self, decay)
+        """teacher = decay * teacher + (1 - decay) * student, BatchNorm's running averages included
+        (released code)."""
+        optim.update_ema(self.teacher, self, decay)
 
-    def prepare(self, imgs, noise):
-        """Before training: MAE's loss of two trivial predictors of view 1 (zero, and each patch's own mean colour)."""
-        target, mask = self.target(imgs[:, 0]), self.mask(noise[:, : self.N])[2][: len(imgs)]
-        guesses = {"zero": torch.zeros_like(target), "patch mean": self.target(imgs[:, 0], flat=True)}
-        return {name: round(self.loss(guess, target, mask).item(), 4) for name, guess in guesses.items()}
+    def train(self, mode=True):
+        """The teacher stays in eval mode: its BatchNorm has averages of its own, which lag by some
+        1 / (1 - ema_decay) steps."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
 
-def check(cfg, encoder):
-    """ValueError unless the options fit together."""
-    options.one_of(cfg, target="pixels norm_pixels", steering="unmasked masked both", crop="simple random_resized",
-                   context="pooled cls tokens pooled+tokens", context_loss="cosine infonce smooth_l1")
-    if encoder.num_prefix == 0:
-        raise ValueError(f"{cfg.model} cannot encode a set of patches, as a ViT can; um_mae.py is for pyramids")
-    if not 0.5 <= cfg.mask_ratio < 1 or encoder.grid == (1, 1):
-        raise ValueError("views of at least two patches that show no place twice need --mask_ratio in [0.5, 1), not "
-                         f"{cfg.mask_ratio} of {encoder.grid[0]}x{encoder.grid[1]} patches")
-    if "tokens" in cfg.context and cfg.target_mask_ratio:
-        raise ValueError(f"--context {cfg.context} needs all of the teacher's: --target_mask_ratio 0")
-    if cfg.context == "cls" and cfg.steering != "unmasked":
-        raise ValueError(f"--context cls is no token that --steering {cfg.steering} could speak of")
-    if min(cfg.micro_batch, cfg.batch_size) < 2 or not cfg.drop_last:
-        raise ValueError("BatchNorm needs two images at once, and as many on every process: --micro_batch 2 or more, "
-                         "and no --drop_last false")
+@torch.no_grad()
+def prepare(model, imgs, noise):
+    """Before the first step: MAE's loss of two trivial predictors of view 1 (zero, and each patch's
+    own mean colour), which first losses are read against."""
+    view = imgs[:, 0]  # (B, C, H, W)
+    mask = model.mask(noise[:, : model.num_patches])[2][: len(imgs)]  # (B, N), of view 1
+    target = model.target(view)
+    patches = layers.patchify(view, model.patch_size)  # (B, N, p*p*C)
+    flat = model.normalise(layers.mean_colours(patches, model.cfg.in_chans), view)
+    guesses = {"zero": torch.zeros_like(target), "patch mean": flat}
+    return {name: round(model.loss(pred, target, mask).item(), 4) for name, pred in guesses.items()}
 
 
 @torch.no_grad()
 def reconstruct(model, imgs, noise):
-    """{row title: images (B, C, H, W) in [0, 1]}: view 1 masked and predicted, view 2 as the student sees it. imgs
-    normalised. With a normalised target, mean and contrast are the original's, and the title says so."""
-    B, N, grid, p = len(imgs), model.N, model.encoder.grid, model.encoder.stride
-    views = model.augment(imgs, noise[:, N:])  # (2, B, C, H, W)
-    ids_keep, ids_restore, mask = model.mask(noise[:, :N])
-    latent = model.encode(model.embed(views[0]), ids_keep[:B])  # (B, 1 + N_keep, D)
-    pred, note = model.decoder.pred(model.decode(latent, ids_restore[:B])).float(), ""
-    one, two = (models.patchify(view, p) for view in views)  # each (B, N, p*p*C)
+    """{row title: images (B, C, H, W) in [0, 1]}: view 1 masked and predicted, view 2 as the
+    student sees it. imgs normalised. Mean and contrast of a normalised target: the original's."""
+    B = len(imgs)
+    noise, view_noise = noise[:, : model.num_patches], noise[:, model.num_patches :]
+    one, two = model.augment(imgs, view_noise)  # each (B, C, H, W)
+    ids_keep, ids_restore, mask = model.mask(noise)
+    latent = model.encode(one, ids_keep[:B])  # (B, 1 + N_keep, D)
+    pred = model.decoder.pred(model.decode(latent, ids_restore[:B])).float()  # (B, N, p*p*C)
+    one = layers.patchify(one, model.patch_size)  # (B, N, p*p*C)
+    two = layers.patchify(two, model.patch_size)  # (B, N, p*p*C)
+
+    note = ""
     if model.cfg.target == "norm_pixels":
-        mean, std = models.patch_statistics(one)
-        pred, note = pred * std + mean, "\n(true mean and std\nof each patch)"
+        mean, std = layers.patch_statistics(one)
+        pred = pred * std + mean
+        note = "\n(true mean and std\nof each patch)"
+
     hidden = mask[:B, :, None]  # (B, N, 1)
-    rows = {"view 1": one, "masked": one.masked_fill(hidden, 0.0), "prediction" + note: pred,
-            "prediction\nand visible": torch.where(hidden, pred, one), "view 2": two}
-    if model.views == 2:
+    rows = {
+        "view 1": one,
+        "masked": one.masked_fill(hidden, 0.0),
+        "prediction" + note: pred,
+        "prediction\nand visible": torch.where(hidden, pred, one),
+        "view 2": two,
+    }
+    if model.num_views == 2:
         rows["view 2\nmasked"] = two.masked_fill(mask[B:, :, None], 0.0)
-    return {title: data.denormalize(models.unpatchify(row, p, grid)) for title, row in rows.items()}
+    return {title: transforms.denormalize(layers.unpatchify(row, model.patch_size, model.grid))
+            for title, row in rows.items()}
 
 
 # ---------------------------------------- Training
 
 @engine.record
 def main(argv=None):
-    # Set-up: the same text in every method file, but for the name of the model.
-    cfg = engine.configure(Config, __doc__, argv)
-    run = engine.start(cfg)
-    with engine.user_errors():
+    cfg = config.parse(Config, __doc__, argv)
+    run = engine.Run(cfg)  # processes, device, precision
+    with config.user_errors():  # what is wrong with options, images or a checkpoint: one line
         if cfg.plan:
-            return engine.plan(cfg, LUT)
+            return plan.show(cfg, LUT)
         model = LUT(cfg).to(run.device)
         dataset = data.pretrain_set(cfg)
         sampler = data.global_batches(len(dataset), cfg, run)
-        probe_sets = evaluate.probe_sets(cfg)
-        sample = data.normalize(data.sample(dataset, 64).to(run.device))  # (64, C, H, W)
-        sample_noise = engine.noise(cfg.seed, 0, len(sample), model.num_noise, use="sample").to(run.device)
-        trivial = {"loss_of_trivial_predictors": model.prepare(sample, sample_noise)}
-    optimizer = torch.optim.AdamW(engine.parameter_groups(model, cfg.weight_decay), betas=cfg.betas, fused=True)
-    steps, warmup = engine.lengths(cfg, sampler.steps_per_epoch)
-    peak = cfg.base_lr * cfg.batch_size / cfg.lr_batch  # linear scaling rule (MAE, A.1)
-    first = engine.open_run(cfg, run, model, optimizer, sampler, steps, warmup=warmup, lr=peak, **trivial)
-    net = engine.distribute(cfg, run, model)
-    batches = engine.timed(run, data.loader(dataset, sampler, cfg.workers, pin=run.device.type == "cuda"))
+        preview = data.preview(dataset, cfg, model, run.device)  # images and their noise
+        probe_sets = data.probe_sets(cfg, run)
+        groups = optim.parameter_groups(model, cfg.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
+        schedule = optim.Schedule(cfg, sampler.steps_per_epoch)
+        start_step = run.begin(model, optimizer, schedule, sampler,
+                               loss_of_trivial_predictors=prepare(model, *preview))
+    net = run.distribute(model)
+    batches = data.loader(dataset, sampler.batches(start_step, run.last_step), cfg.workers)
+    batches = run.timed(batches)
 
-    # The loop. Every step is one optimizer step on one global batch, whatever holds it: processes x micro-batches.
-    for step in range(first, run.last):
-        lr = engine.schedule(cfg.schedule, step, steps, warmup, peak, cfg.min_lr)
+    for step in range(start_step, run.last_step):
+        # Learning rate of this step
+        lr = schedule.lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        size = sampler.size(step)
-        noise = engine.noise(cfg.seed, step, size, model.num_noise)  # (B of all processes, N)
-        loss = torch.zeros((), device=run.device)
-        for left in reversed(range(sampler.micro_batches(step))):
-            imgs, _, where = next(batches)
-            imgs = data.normalize(imgs.to(run.device, non_blocking=True))  # (B, C, H, W)
-            with engine.sync_on(left == 0, net), engine.autocast(run):
-                part = net(imgs, noise[where].to(run.device)) * (len(imgs) / size)
-            run.scaler.scale(part * run.world).backward()  # DDP averages over processes: x world makes that a sum
-            loss += part.detach()
+
+        # Forward and backward: one global batch, shared by processes and cut into micro-batches
+        batch_size, num_micro_batches = sampler.size(step), sampler.num_micro_batches(step)
+        noise = randomness.noise(cfg.seed, step, batch_size, model.num_noise)  # (batch_size, N)
+        loss_sum = torch.zeros((), device=run.device)
+        for micro_step in range(num_micro_batches):
+            imgs, _, positions = next(batches)  # positions of these images in the global batch
+            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True))  # (B, C, H, W)
+            is_last = micro_step == num_micro_batches - 1
+            with run.sync_gradients(net, is_last), run.autocast():
+                loss = net(imgs, noise[positions].to(run.device)) * (len(imgs) / batch_size)
+            run.scaler.scale(loss * run.world_size).backward()  # DDP averages: this makes it a sum
+            loss_sum += loss.detach()
+
+        # Update
         run.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if cfg.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
-        loss, grad_norm, told = engine.agree(run, loss, grad_norm)
-        engine.check_finite(run, step, lr, loss, grad_norm)
+        grad_norm = optim.clip(model, cfg.clip_grad)
+        loss, grad_norm = run.all_reduce_stats(step, lr, loss_sum, grad_norm)  # stops at a NaN
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        # DIFF: LUT's text has a constant decay of the teacher; as in its released code, ours goes to 1 (--ema_decay).
-        model.update_ema(1 - engine.schedule("cosine", step, steps, 0, 1 - cfg.ema_decay))
+        # DIFF: LUT's text has a constant decay of the teacher; as in its released code, ours goes
+        # to 1 (--ema_decay).
+        model.update_ema(1 - optim.cosine(step, schedule.steps, 1 - cfg.ema_decay, 0.0))
 
-        engine.log(cfg, run, step, (step + 1) / sampler.steps_per_epoch, size, loss, lr, grad_norm)
-        if run.main and engine.due(run, step, cfg.picture_epochs * sampler.steps_per_epoch):
-            pictures = reconstruct(model, sample[:8], sample_noise[:8])
-            figures.grid(run.out / "pictures" / f"step_{step + 1:07d}.png", pictures, f"step {step + 1}")
-        if told or engine.save_due(cfg, run, step, sampler.steps_per_epoch):
-            engine.save(cfg, run, step + 1, model, optimizer)
-        if told:
+        # Log, picture, checkpoint, probe
+        run.log(step, batch_size, loss, lr, grad_norm)
+        if run.picture_due(step):
+            rows = reconstruct(model, preview[0][:8], preview[1][:8])
+            figures.grid(run.picture_path(step), rows, f"step {step + 1}")
+        if run.save_due(step):
+            run.save(step, model, optimizer)
+        if run.stop_requested:
             break
-        if probe_sets and engine.due(run, step, cfg.probe_epochs * sampler.steps_per_epoch):
-            evaluate.probe(cfg, run, step, model.encoder, probe_sets)
-    return engine.finish(run, step + 1 if run.last > first else first)
+        if run.probe_due(step):
+            neighbours.probe(run, step, model.encoder, *probe_sets)
+    run.finish()
 
 
 if __name__ == "__main__":
