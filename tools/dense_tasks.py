@@ -1,8 +1,8 @@
 """What dense.py predicts for every pixel: the loss, the scores, the evaluation, and what a prediction looks like.
 
 `output` (B, K, H, W) fp32 is what the head makes, `label` (B, H, W) what dense_data.py gives, `pred` (B, H, W) like it.
-`loss` is a number for each image, the mean over its known pixels: so it does not depend on what else is in a
-micro-batch. `tally` counts such that tallies add up, over batches and processes, to what `scores` needs.
+`loss` is the mean over the known pixels of each image, whatever else is in its batch. Tallies add up, over batches and
+processes, to what `scores` needs.
 """
 
 import colorsys
@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-from common import engine, evaluate
+from common import config, neighbours, transforms
 
 UNKNOWN = 255  # class of a pixel that nobody labelled; a distance is unknown where it is 0
 
@@ -94,26 +94,25 @@ class Depth:
 TASKS = {"segment": Segment, "depth": Depth}
 
 
-@engine.user_errors()
+@config.user_errors()
 @torch.no_grad()
-def accuracy(cfg, run, model, dataset):
-    """{the scores of the task, images} of a model on a data set, every image once, whatever the number of processes;
+def accuracy(run, model, loader):
+    """{the scores of the task, images} on a loader (data.evaluation), each image once on any number of processes;
     exits with code 2 if not a single pixel is labelled."""
     tally = torch.zeros(model.task.counts + 1, dtype=torch.float64, device=run.device)  # the last one counts images
-    odd = torch.zeros((), dtype=torch.int64, device=run.device)
-    evaluate.ready(run, model)
-    chunks = data.in_order(len(dataset), cfg.micro_batch, run.rank, run.world)
-    for (imgs, labels), _, _ in data.loader(dataset, chunks, cfg.workers):
-        with engine.autocast(run):
-            output = model(data.normalize(imgs.to(run.device)))  # (B, K, H, W)
+    num_bad = torch.zeros((), dtype=torch.int64, device=run.device)
+    neighbours.ready(run, model)
+    for (imgs, labels), _, _ in loader:
+        with run.autocast():
+            output = model(transforms.normalize(imgs.to(run.device)))  # (B, K, H, W)
         tally[:-1] += model.task.tally(model.task.predict(output.float()), labels.to(run.device))
         tally[-1] += len(imgs)
-        odd += (~output.isfinite()).sum()
-    if run.world > 1:
+        num_bad += (~output.isfinite()).sum()
+    if run.world_size > 1:
         dist.all_reduce(tally)
-    evaluate.require_finite(run, odd, "the outputs")
+    neighbours.require_finite(run, num_bad, "the outputs")
     if not tally[:-1].sum():
-        raise ValueError(f"not a single pixel of {len(dataset)} labels is known")
+        raise ValueError(f"not a single pixel of {loader.num_images} labels is known")
     return {**model.task.scores(tally[:-1]), "images": int(tally[-1])}
 
 
@@ -121,6 +120,6 @@ def accuracy(cfg, run, model, dataset):
 def pictures(model, dataset, run, n=8):
     """{row title: (n, C, H, W) in [0, 1]}: the first images of a data set, their labels, what is predicted."""
     (imgs, labels), _, _ = next(iter(data.loader(dataset, data.in_order(len(dataset), n))))
-    output = model.eval()(data.normalize(imgs.to(run.device))).float().cpu()
+    output = model.eval()(transforms.normalize(imgs.to(run.device))).float().cpu()
     return {"image": imgs / 255, "label": model.task.paint(labels),
             "prediction": model.task.paint(model.task.predict(output))}
