@@ -1,10 +1,11 @@
-"""What several test files share: a small folder of images, the smallest options, and three ways to run a script."""
+"""What several test files share: a small folder of images, the smallest options, and a way to run a script
+in this process. (tests/processes.py starts others.)"""
 
+import itertools
 import json
 import os
+import random
 import signal
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -12,9 +13,59 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)
+from tools import runner
+
+# The order of the tests, and who runs them
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that two processes end at about the same time; or, with TEST_ORDER_SEED=1 or another
+    number, files and the tests of each in random order. A file stays in one piece, because its fixtures are shared."""
+    files = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    paths = sorted(files, key=lambda path: -path.stat().st_size)
+    if seed := os.environ.get("TEST_ORDER_SEED"):
+        draw = random.Random(int(seed))
+        draw.shuffle(paths)
+        for tests in files.values():
+            draw.shuffle(tests)
+    items[:] = [item for path in paths for item in files[path]]
+
+
+def is_ours(path):
+    """Processes that share a folder TEST_CLAIMS share the work: who is the first to make a mark runs the file."""
+    try:
+        Path(os.environ["TEST_CLAIMS"], "-".join(path.relative_to(ROOT).parts)).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def pytest_runtestloop(session):
+    """Of processes that share the work: file by file, everything of which is torn down before the next one."""
+    if "TEST_CLAIMS" not in os.environ or session.config.option.collectonly or session.testsfailed:
+        return None  # pytest's own loop
+    for path, tests in itertools.groupby(session.items, lambda item: item.path):
+        tests = list(tests)
+        for item, following in zip(tests, [*tests[1:], None], strict=True) if is_ours(path) else ():
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+    return True
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """A test that draws without a seed draws the same in any order: a run in this process leaves others behind."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+# What tests take
 
 
 def flags(**options):
@@ -43,33 +94,6 @@ def equal(a, b):
     return type(a) is type(b) and a == b
 
 
-def environment():
-    """Of a child process: one thread that sleeps while it waits, none of torchrun's variables."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    return {**kept, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-
-
-def start(*words):
-    """A Python process with these arguments, in the project's folder, output kept; the caller waits for it."""
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-
-
-def finish(process, timeout=120):
-    """(exit code, stdout, stderr) of a process from `start`. If it takes too long it is told to end, and then made to:
-    torchrun ends its workers, which are in no group of ours, only when it is told."""
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        try:
-            process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, stdout, stderr
-
-
 def batch(model, B=3, seed=0):
     """(imgs (B, C, H, W), noise) such as the model of a method takes, a function of the seed."""
     draw = torch.Generator().manual_seed(seed)
@@ -82,11 +106,6 @@ def gradients(model, imgs, noise):
     loss = model(imgs, noise)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def torchrun(world, *words):
-    """The words that start a script in `world` processes on this machine, on any free port."""
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", world, *words]
 
 
 def paint(path, seed, size=(16, 16)):
@@ -147,3 +166,32 @@ def call(capfd):
                 signal.signal(number, handler)
         return types.SimpleNamespace(code=code, **dict(zip(("out", "err"), capfd.readouterr(), strict=True)))
     return run
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """`made_up()` lists the commands that tools/runner.py has run. They are made up: each leaves the files of a run,
+    and 50 %, or 40 % from scratch. Seed 13 fails. What is written goes to a temporary folder."""
+    commands = []
+
+    class Process:
+        """In place of one of multiprocessing. It ends before it has begun."""
+
+        def __init__(self, target, args):
+            [self.job] = args
+            self.sentinel = open(os.devnull)  # to wait for it takes no time
+
+        def start(self):
+            out = self.job.out
+            top1 = 40 if "scratch" in out.name else 50
+            (out / "result.json").write_text(json.dumps({"top1": top1, "miou": 30 + top1, "rmse": top1 / 40}))
+            (out / "log.jsonl").write_text('{"step": 100, "loss": 2.0}\n{"step": 1250, "loss": 1.0}\n')
+            (out / "pictures").mkdir(exist_ok=True)
+            (out / "pictures" / "step.png").touch()
+            (out / "output.txt").write_text("no such luck")
+            commands.append(self.job.command)
+            self.exitcode = int(" --seed 13 " in self.job.command)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "PROCESSES", types.SimpleNamespace(Process=Process))
+    return lambda: list(commands)

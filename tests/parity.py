@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
-from common import layouts
+from common import layouts, transforms
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))  # another directory of cases, same names
 
@@ -15,7 +14,7 @@ GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))  # ano
 def case(name):
     """(arrays, normalised images (B, 3, H, W), published state dict in fp32) of a golden file."""
     arrays = dict(np.load(GOLDEN / f"{name}.npz"))
-    imgs = data.normalize(torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2))
+    imgs = transforms.normalize(torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2))
     weights = {k[3:]: torch.from_numpy(v).float() for k, v in arrays.items() if k.startswith("sd/")}
     return arrays, imgs, weights
 

@@ -1,26 +1,20 @@
 """finetune.py: which layers learn how fast, how images are mixed, how accuracy is counted, which encoders are taken."""
 
+import functools
 import json
-import types
+import math
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import equal, log_of, snapshot
+from encoders import read_encoder
 
 import data
 import finetune
 import mae
-from common import engine, evaluate, layers, protocols, weights
-
-HERE = types.SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"), dtype=torch.float32)
-
-
-def judge(model, dataset, micro_batch=4, **process):
-    """evaluate.accuracy in this process, or in one that calls itself another one of several."""
-    cfg, run = types.SimpleNamespace(micro_batch=micro_batch, workers=0), {**vars(HERE), **process}
-    return evaluate.accuracy(cfg, types.SimpleNamespace(**run), model, dataset)
+from common import engine, layers, neighbours, optim, randomness
 
 
 def config(**options):
@@ -41,7 +35,8 @@ def pretrained(tiny, tmp_path_factory):
 @pytest.mark.parametrize("pool,head_norm,on_top", [("mean", "layer", {"head", "fc_norm"}), ("cls", "none", {"head"})])
 def test_layer_decay(pool, head_norm, on_top):
     model = finetune.build_classifier(config(pool=pool, head_norm=head_norm), None, list("abc"))
-    depths = {name: model.depth_below(name) for name, _ in model.named_parameters()}
+    scale = optim.layer_decay(model, 0.5)
+    depths = {name: -math.log2(scale(name)) for name, _ in model.named_parameters()}
     assert {name.split(".")[0] for name, depth in depths.items() if depth == 0 and "encoder" not in name} == on_top
     assert all(depths[f"encoder.{name}"] == 5 for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"))
     assert [depths[f"encoder.blocks.{i}.mlp.fc1.weight"] for i in range(4)] == [4, 3, 2, 1]
@@ -54,7 +49,7 @@ def test_learning_rates_reach_the_optimizer(tuned, call, tmp_path):
     assert call(finetune.main, tuned(max_steps=3, layer_decay=0.5, out=out)).code == 0
     saved = torch.load(out / "last.pt")["optimizer"]["param_groups"]
     peak = 0.03 * 8 / 256
-    lr = engine.schedule("cosine", 2, 12, 4, peak, 1e-6)
+    lr = peak * 2 / 4  # of 4 steps of warm-up
     for group in saved:
         assert group["lr"] == pytest.approx(lr * group["lr_scale"])
     assert {round(group["lr_scale"], 6) for group in saved} == {0.5**k for k in range(6)}
@@ -90,11 +85,14 @@ def test_drop_path_belongs_to_a_sample():
     model = finetune.build_classifier(config(drop_path=0.6), None, list("abc")).train()
     assert [block.drop_path_rate for block in model.encoder.blocks] == pytest.approx([0, 0.2, 0.4, 0.6])
     imgs, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 8)
-    together = model.features(imgs, noise)
-    apart = torch.cat([model.features(imgs[i : i + 1], noise[i : i + 1]) for i in range(4)])
+    features = functools.partial(neighbours.pooled, model.encoder, pool="mean")
+    together = features(imgs, noise=noise)
+    apart = torch.cat([features(imgs[i : i + 1], noise=noise[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(together, model.features(imgs))
-    torch.testing.assert_close(model.features(imgs), model.eval().features(imgs))
+    assert not torch.allclose(together, features(imgs))
+    training = features(imgs)
+    model.eval()
+    torch.testing.assert_close(training, features(imgs))
     kept = layers.drop_path(torch.ones(1000, 2, 3), torch.rand(1000), 0.25)
     assert kept.unique().tolist() == pytest.approx([0, 4 / 3])  # expectation is kept
     assert kept.mean().item() == pytest.approx(1, abs=0.06)
@@ -185,14 +183,14 @@ def test_processes_mix_the_same_pairs(world, micro):
         for rank in range(world):
             sampler = data.GlobalBatches(48, 16, micro, 0, rank, world)
             step, held = 0, 0
-            for part in sampler:
+            for part in sampler.batches(0, 3):
                 indices = [index for _, index, _ in part]
-                seed = engine.seed_of(0, "mix", step)
+                seed = randomness.seed_of(0, "mix", step)
                 imgs, targets = finetune.mix(pictures[indices], torch.eye(48)[indices], cfg, seed)
                 for (_, _, position), img, target in zip(part, imgs, targets, strict=True):
                     result[step, position] = img, target
                 held += 1
-                step, held = (step + 1, 0) if held == sampler.micro_batches(step) else (step, held)
+                step, held = (step + 1, 0) if held == sampler.num_micro_batches(step) else (step, held)
         return result
 
     whole, shared = run(1, 16), run(world, micro)
@@ -218,7 +216,7 @@ def test_the_probe_is_the_minimum_of_its_objective():
     labels = torch.randint(0, 3, (300,), generator=draw)
     features = torch.randn(3, 96, generator=draw)[labels] * 3 + torch.randn(300, 96, generator=draw) * 0.5 + 7
     model = finetune.build_classifier(config(head_start="probe"), None, list("abc"))
-    protocols.start_head(model, features, labels)
+    finetune.start_head(model, features, labels)
     assert isinstance(model.fc_norm, nn.BatchNorm1d)
     inputs = model.fc_norm.eval()(features)
     torch.testing.assert_close(inputs.mean(dim=0), torch.zeros(96), rtol=0, atol=1e-4)
@@ -241,78 +239,15 @@ def test_a_probed_run_starts_where_the_probe_ends(tuned, pretrained, call, tmp_p
     assert losses["probe"] < 0.8 * losses["random"]
 
 
-# Counting
-
-
-@pytest.fixture(scope="module")
-def judged(folder):
-    """A classifier that is right about some, and the validation images."""
-    cfg = config(data=str(folder), img_size=(16, 16), patch_size=4)
-    torch.manual_seed(0)
-    model = finetune.build_classifier(cfg, None, ["ant", "bee", "cat"])
-    nn.init.normal_(model.head.weight)
-    return model, data.labelled_set(cfg, "val")
-
-
-def test_accuracy_counts_every_image_once(judged):
-    model, dataset = judged
-    imgs, labels = zip(*[dataset[0, i, i][:2] for i in range(len(dataset))], strict=True)
-    labels = torch.tensor(labels)
-    with torch.no_grad():
-        guesses = model.eval()(data.normalize(torch.stack(imgs))).argmax(dim=1)
-    for micro in (1, 2, 4, 7, 15, 100):
-        result = judge(model, dataset, micro)
-        assert result["images"] == 15 and result["top5"] == 100  # there are but three classes
-        assert result["top1"] == pytest.approx(100 * (guesses == labels).float().mean().item())
-        confusion = torch.tensor(result["confusion"])
-        assert confusion.sum(dim=1).tolist() == [5, 5, 5]
-        for true in range(3):
-            assert confusion[true].tolist() == torch.bincount(guesses[labels == true], minlength=3).tolist()
-            assert result["per_class"][dataset.source.classes[true]] == 20.0 * confusion[true, true]
-    assert 0 < result["top1"] < 100
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_processes_share_the_images_out(judged, world, monkeypatch):
-    """15 images over 2, 3 or 4 processes, counts added up as the all-reduce would: the same integers."""
-    model, dataset = judged
-    whole = judge(model, dataset)["confusion"]
-    counts = []
-    monkeypatch.setattr(evaluate.dist, "broadcast", lambda tensor, source: None)
-    monkeypatch.setattr(evaluate.dist, "all_reduce", lambda tensor: counts.append(tensor.clone()))
-    for rank in range(world):
-        judge(model, dataset, rank=rank, world=world)
-    assert sum(counts)[:-1].view(3, 3).tolist() == whole and sum(counts)[-1] == 15
-
-
-def test_top5_by_hand(judged, monkeypatch):
-    """Seven classes, logits that put the true one at a known rank."""
-    ranks = torch.tensor([0, 0, 1, 4, 5, 6])
-    class Fixed(nn.Module):
-        def forward(self, imgs):
-            return torch.arange(7.0).flip(0).repeat(len(imgs), 1)
-
-    batches = [(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), ranks, torch.arange(6))]
-    monkeypatch.setattr(data, "loader", lambda *a: iter(batches))
-    result = judge(Fixed(), Sized(types.SimpleNamespace(classes=list("abcdefg")), 6), 6)
-    assert result["top1"] == pytest.approx(100 * 2 / 6) and result["top5"] == pytest.approx(100 * 4 / 6)
-    assert result["confusion"][5] == [1, 0, 0, 0, 0, 0, 0]
-
-
-class Sized:
-    def __init__(self, source, n):
-        self.source, self.n = source, n
-
-    def __len__(self):
-        return self.n
+# Evaluation
 
 
 @pytest.mark.parametrize("changes", [{}, {"pool": "cls"}, {"mode": "linear"}, {"head_start": "probe"}], ids=repr)
 def test_eval_reproduces_the_number_of_the_run(tuned, pretrained, call, tmp_path, changes):
     run, check = tmp_path / "run", tmp_path / "check"
     words = dict(init=pretrained / "encoder.pt", model=None, patch_size=None)
-    done = call(finetune.main, tuned(**words, **changes, base_lr=0.2, epochs=5, confusion="true", out=run))
-    assert done.code == 0 and done.err == "" and (run / "pictures" / "confusion.png").stat().st_size > 1000
+    done = call(finetune.main, tuned(**words, **changes, base_lr=0.2, epochs=5, out=run))
+    assert done.code == 0 and done.err == ""
     before = snapshot(run)
     for micro, name in ((4, "check"), (8, "again")):
         done = call(finetune.main, tuned(eval="true", init=run / "encoder.pt", model=None, patch_size=None,
@@ -347,7 +282,7 @@ def test_eval_with_other_classes_is_refused(tuned, call, tmp_path):
 
 
 def test_what_pretraining_learned_is_what_finetuning_starts_from(pretrained, capsys):
-    saved = weights.read_encoder(pretrained / "encoder.pt")
+    saved = read_encoder(pretrained / "encoder.pt")
     last = torch.load(pretrained / "last.pt")["model"]
     for name, tensor in saved["model"].items():
         assert torch.equal(tensor, last[f"encoder.{name}"])
@@ -438,7 +373,7 @@ def test_the_frozen_encoder_of_a_probe_drops_nothing(tuned, pretrained, call, tm
 def test_lars_by_hand():
     """One matrix, two steps with weight decay; and a bias, which takes plain steps."""
     weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([2.0]))
-    optimizer = protocols.LARS([weight, bias], lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.01)
+    optimizer = optim.LARS([weight, bias], lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.01)
     momentum, plain = torch.zeros(1, 2), 0.0
     for _ in range(2):
         w, b = weight.detach().clone(), bias.detach().clone()
@@ -450,7 +385,7 @@ def test_lars_by_hand():
         torch.testing.assert_close(weight.data, w - 0.5 * momentum)
         torch.testing.assert_close(bias.data, b - 0.5 * plain)
     zero = nn.Parameter(torch.zeros(2, 2))  # a head at zero has no norm to be proportional to, and must still leave it
-    optimizer = protocols.LARS([zero], lr=0.5)
+    optimizer = optim.LARS([zero], lr=0.5)
     zero.grad = torch.ones(2, 2)
     optimizer.step()
     torch.testing.assert_close(zero.data, torch.full((2, 2), -0.5))
@@ -460,13 +395,13 @@ def test_only_the_first_process_claims_the_folder_of_an_evaluation(tuned, call, 
     """The others may come a moment later, when its config.yaml is there already."""
     run = tmp_path / "run"
     assert call(finetune.main, tuned(max_steps=1, out=run)).code == 0
-    begin = engine.start
+    begin = engine.Run
     def second(cfg):
         process = begin(cfg)
-        process.main = False
+        process.is_main = False
         return process
 
     words = tuned(eval="true", init=run / "encoder.pt", model=None, patch_size=None, out=tmp_path / "check")
     assert call(finetune.main, words).code == 0
-    monkeypatch.setattr(engine, "start", second)
+    monkeypatch.setattr(engine, "Run", second)
     assert call(finetune.main, words).code == 0

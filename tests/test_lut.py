@@ -3,19 +3,19 @@
 import json
 import math
 import signal
-import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, equal, finish, log_of, start, torchrun
+from conftest import ROOT, equal, log_of
 from PIL import Image, ImageFilter, ImageOps
+from processes import finish, fork, start, torchrun
 
 import data
 import lut
 import models
-from common import engine, layers, options, transforms
+from common import config, engine, layers, optim, transforms
 
 SMALL = {"model": "vit_tiny", "img_size": (32, 32), "patch_size": 8, "decoder_depth": 1, "decoder_width": 32,
          "decoder_heads": 2, "head_width": 48}
@@ -27,7 +27,9 @@ ABLATIONS = [{}, {"one_directional": True}, {"steering": "masked"}, {"steering":
 
 def build(seed=0, **options):
     torch.manual_seed(seed)
-    return lut.LUT(lut.Config(**{**SMALL, **options}))
+    cfg = lut.Config(**{**SMALL, **options})
+    cfg.check()
+    return lut.LUT(cfg)
 
 
 def batch(model, B=4, seed=0):
@@ -83,7 +85,7 @@ def test_the_loss_by_hand():
                 full = model.mask_token.expand(1, 16, -1).clone()
                 full[:, visible] = model.decoder.embed(latent[:, 1:])
                 pred = model.decoder(torch.cat([model.decoder.embed(latent[:, :1]), full], dim=1))[0]
-                pixels.append((pred - models.patchify(img[None], 8)[0])[ids[4:]].square().mean())
+                pixels.append((pred - layers.patchify(img[None], 8)[0])[ids[4:]].square().mean())
         whole = [model.teacher["projector"](model.teacher["encoder"](img[None])[:, 1:].mean(dim=1))[0] for img in pair]
         context += [2 - 2 * F.cosine_similarity(vectors[v], whole[1 - v], dim=0) for v in (0, 1)]
     expected = torch.stack(pixels).mean() + 0.25 * torch.stack(context).mean()
@@ -162,7 +164,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(options)
         assert options.get("context_weight") == 0 or p.grad.abs().sum() > 0, name
     assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
     assert equal(before, dict(model.teacher.state_dict()))  # nor does a forward pass move its running averages
-    groups = engine.parameter_groups(model, 0.05)
+    groups = optim.parameter_groups(model, 0.05)
     assert not [name for group in groups for name in group["names"] if name.startswith("teacher")]
 
 
@@ -246,7 +248,7 @@ def test_other_channels_have_no_hue_and_no_grey(C, tmp_path):
     pairs = torch.stack([data.pretrain_set(cfg)[epoch, 0, 0][0] for epoch in range(8)])
     assert pairs.shape == (8, 2, C, 16, 24)
     model = build(in_chans=C, img_size=(16, 24))
-    loss = model(data.normalize(pairs), torch.rand(8, model.num_noise))
+    loss = model(transforms.normalize(pairs), torch.rand(8, model.num_noise))
     loss.backward()
     assert loss.isfinite()
 
@@ -261,10 +263,10 @@ def test_three_augment_against_pillow():
     draw = torch.Generator().manual_seed(0)
     pixels = F.interpolate(torch.rand(1, 3, 8, 8, generator=draw), size=(48, 64), mode="bicubic").clamp(0, 1)
     image = (pixels * 255).round().byte()
-    imgs = data.normalize(image).expand(4, -1, -1, -1)
+    imgs = transforms.normalize(image).expand(4, -1, -1, -1)
     noise = torch.tensor([[0.1, 0.0], [0.5, 0.3], [0.5, 0.9], [0.9, 0.0]])  # solarized, blurred twice, grey
     picture = Image.fromarray(image[0].permute(1, 2, 0).numpy())
-    found = data.denormalize(transforms.three_augment(imgs, noise)) * 255
+    found = transforms.denormalize(lut.three_augment(imgs, noise)) * 255
     expected = [ImageOps.solarize(picture, 128), picture.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * 0.3)),
                 picture.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * 0.9)), ImageOps.grayscale(picture).convert("RGB")]
     for ours, theirs, tolerance in zip(found, expected, (0.01, 3, 3, 1), strict=True):
@@ -275,14 +277,14 @@ def test_three_augment_against_pillow():
 
 def test_every_augmentation_is_equally_likely_and_an_images_own():
     imgs, noise = torch.randn(300, 3, 4, 4), torch.rand(300, 2)
-    found = transforms.three_augment(imgs, noise)
-    alone = torch.cat([transforms.three_augment(i[None], n[None]) for i, n in zip(imgs, noise, strict=True)])
+    found = lut.three_augment(imgs, noise)
+    alone = torch.cat([lut.three_augment(i[None], n[None]) for i, n in zip(imgs, noise, strict=True)])
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
-    grey = data.denormalize(found)
+    grey = transforms.denormalize(found)
     grey = ((grey[:, 0] - grey[:, 1]).abs().flatten(1).amax(dim=1) < 1e-5).sum()
     assert 60 < grey < 140
     flat = torch.ones(2, 3, 8, 8)
-    torch.testing.assert_close(transforms.blur(flat, torch.tensor([0.1, 2.0])), flat)  # brightness stays
+    torch.testing.assert_close(lut.blur(flat, torch.tensor([0.1, 2.0])), flat)  # brightness stays
 
 
 # Whole runs
@@ -325,16 +327,16 @@ def test_bad_input_is_one_line_and_writes_nothing(words_of, call, tmp_path, chan
 def test_stopped_anywhere_and_resumed_is_as_if_never_stopped(words_of, call, tmp_path, monkeypatch):
     """Teacher, running averages, decay and optimizer come back: bit for bit."""
     assert call(lut.main, words_of(out=tmp_path / "whole")).code == 0
-    real = engine.log
+    real = engine.Run.log
     for stops in ([1], [3, 7]):
         out = tmp_path / "-".join(map(str, stops))
         for stop in stops:
-            def log(cfg, run, step, *rest, stop=stop):
-                real(cfg, run, step, *rest)
+            def log(run, step, *rest, stop=stop):
+                real(run, step, *rest)
                 if step + 1 == stop:
                     signal.raise_signal(signal.SIGTERM)
             with monkeypatch.context() as patch:
-                patch.setattr(engine, "log", log)
+                patch.setattr(engine.Run, "log", log)
                 assert call(lut.main, words_of(out=out, resume="true")).code == 128 + signal.SIGTERM
         assert call(lut.main, words_of(out=out, resume="true")).code == 0
         whole, resumed = (torch.load(path / "last.pt") for path in (tmp_path / "whole", out))
@@ -350,7 +352,7 @@ def test_compile_changes_nothing(monkeypatch):
     imgs, noise = batch(model)
     plain = model(imgs, noise)
     monkeypatch.setattr(model, "compile", lambda: torch.nn.Module.compile(model, backend="eager"))
-    engine.distribute(lut.Config(compile=True), types.SimpleNamespace(world=1), model)
+    engine.Run(lut.Config(compile=True, data="shapes")).distribute(model)
     assert model(imgs, noise).item() == pytest.approx(plain.item(), rel=1e-5)
 
 
@@ -361,7 +363,6 @@ DRIVER = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-from common import layers
 import lut
 
 join, leave = dist.init_process_group, dist.destroy_process_group
@@ -374,7 +375,7 @@ rank = dist.get_rank()
 draw = torch.Generator().manual_seed(0)
 x, weight = torch.randn(8, 5, generator=draw), torch.randn(8, 5, generator=draw)
 mine = slice(4 * rank, 4 * rank + 4)
-norm, part = layers.BatchNorm(5), x[mine].clone().requires_grad_()
+norm, part = lut.BatchNorm(5), x[mine].clone().requires_grad_()
 out = norm(part)
 (out * weight[mine]).sum().backward()
 torch.save([out.detach(), part.grad, norm.running_mean, norm.running_var], os.path.join(folder, f"norm{rank}.pt"))
@@ -416,7 +417,7 @@ def test_processes_share_their_batches(words_of, call, tmp_path):
 
 def test_batchnorm_of_one_process_is_torchs():
     torch.manual_seed(0)
-    ours, theirs = layers.BatchNorm(5), torch.nn.BatchNorm1d(5)
+    ours, theirs = lut.BatchNorm(5), torch.nn.BatchNorm1d(5)
     for _ in range(2):
         x = torch.randn(6, 5)
         assert torch.equal(ours(x), theirs(x))
@@ -431,7 +432,7 @@ def test_batchnorm_of_one_process_is_torchs():
 def test_reconstruct_undoes_the_target_and_shows_both_masks(options, monkeypatch):
     model = build(img_size=(32, 64), **options)
     original = torch.randint(0, 256, (6, *model.input_shape), dtype=torch.uint8)
-    imgs, noise = data.normalize(original), torch.rand(6, model.num_noise)
+    imgs, noise = transforms.normalize(original), torch.rand(6, model.num_noise)
     monkeypatch.setattr(model, "decode", lambda latent, ids_restore: model.target(imgs[:, 0]))
     model.decoder.pred = torch.nn.Identity()
     rows = lut.reconstruct(model, imgs, noise)
@@ -443,14 +444,14 @@ def test_reconstruct_undoes_the_target_and_shows_both_masks(options, monkeypatch
     shown = [(masked, exact), *((row, two) for row in two_masked)]
     hidden = model.mask(noise[:, :32])[2].view(len(shown), 6, 32)
     for (row, whole), mask in zip(shown, hidden, strict=True):
-        row, whole = models.patchify(row, 8), models.patchify(whole, 8)
+        row, whole = layers.patchify(row, 8), layers.patchify(whole, 8)
         assert torch.equal(row[~mask], whole[~mask]) and not torch.equal(row[mask], whole[mask])
     assert sum("true mean" in title for title in rows) == (model.cfg.target == "norm_pixels")
 
 
 def test_defaults_are_the_main_recipe():
     defaults, recipe = lut.Config(), ROOT / "configs" / "lut_vit_b.yaml"
-    told = vars(options.configure(lut.Config, "", ["--config", str(recipe)]))
+    told = vars(config.parse(lut.Config, "", ["--config", str(recipe)]))
     assert {name for name, value in told.items() if value != getattr(defaults, name)} == {"workers"}
 
 
@@ -458,12 +459,12 @@ GATHER = """
 import sys
 import torch
 import torch.distributed as dist
-from common.layers import everyones
+from lut import all_gather
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 rows = torch.arange(12.0).view(6, 2).sin().requires_grad_()  # (6, 2), three of each process
-loss = (everyones(rows[3 * rank : 3 * rank + 3])[0].square() * torch.arange(12.0).view(6, 2)).sum() * (rank + 1)
+loss = (all_gather(rows[3 * rank : 3 * rank + 3])[0].square() * torch.arange(12.0).view(6, 2)).sum() * (rank + 1)
 loss.backward()
 torch.save((loss.detach(), rows.grad), f"{sys.argv[1]}/{rank}.pt")
 dist.destroy_process_group()
@@ -473,7 +474,7 @@ dist.destroy_process_group()
 def test_what_is_gathered_sends_every_gradient_home(tmp_path):
     """Each process has a loss of all rows; a row gets the gradients of both losses, in the process that it is from."""
     (tmp_path / "driver.py").write_text(GATHER)
-    code, _, err = finish(start(*torchrun(2, tmp_path / "driver.py", tmp_path)))
+    code, _, err = finish(fork(tmp_path / "driver.py", tmp_path, world=2))
     assert code == 0, err
     rows, weight = torch.arange(12.0).view(6, 2).sin(), torch.arange(12.0).view(6, 2)
     for rank in (0, 1):

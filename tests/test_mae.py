@@ -2,21 +2,19 @@
 
 import math
 import shutil
-import types
 
 import pytest
 import torch
 from conftest import log_of
 
-import data
 import mae
 import models
-from common import engine
+from common import engine, layers, transforms
 
 
 def config(**options):
     return mae.Config(**{"model": "vit_tiny", "img_size": (32, 32), "patch_size": 8, "decoder_depth": 1,
-                         "decoder_width": 32, "decoder_heads": 2, "target": "pixels", **options})
+                         "decoder_width": 32, "decoder_heads": 2, "target": "pixels", "data": "shapes", **options})
 
 
 def build(seed=0, **options):
@@ -39,9 +37,9 @@ def batch(model, B=4, seed=0):
 def test_patchify_round_trip(size, C, p):
     imgs = torch.randn(2, C, *size)
     grid = (size[0] // p, size[1] // p)
-    patches = models.patchify(imgs, p)
+    patches = layers.patchify(imgs, p)
     assert patches.shape == (2, grid[0] * grid[1], p * p * C)
-    assert torch.equal(models.unpatchify(patches, p, grid), imgs)
+    assert torch.equal(layers.unpatchify(patches, p, grid), imgs)
     k, w = patches.shape[1] - 2, grid[1]  # some patch, by hand: raster order; rows, columns, channels
     by_hand = imgs[1, :, k // w * p : (k // w + 1) * p, k % w * p : (k % w + 1) * p]
     assert torch.equal(patches[1, k], by_hand.permute(1, 2, 0).flatten())
@@ -55,7 +53,7 @@ def test_any_size_channels_and_patch_train(size, C, p):
     N, h, w = model.num_noise, size[0] // p, size[1] // p
     assert model.encoder.grid == (h, w) and N == h * w
     ids_keep, ids_restore, mask = model.mask(noise)
-    latent = model.encode(model.embed(imgs), ids_keep, mask)
+    latent = model.encode(imgs, ids_keep, mask)
     assert latent.shape == (2, 1 + N // 4, 96)
     assert model.decode(latent, ids_restore).shape == model.target(imgs).shape == (2, N, p * p * C)
     loss = model(imgs, noise)
@@ -172,11 +170,11 @@ def test_block_masks_cover_every_place():
 def test_visible_pixels_enter_neither_loss_nor_target(target):
     model = build(target=target, pca_dim=10)
     imgs, noise = batch(model)
-    model.prepare(imgs, noise)
+    mae.prepare(model, imgs, noise)
     mask = model.mask(noise)[2]
     pred = torch.randn_like(model.target(imgs))
-    shown = torch.where(mask[..., None], 0.0, torch.randn_like(models.patchify(imgs, 8)) * 9)
-    other = imgs + models.unpatchify(shown, 8, model.encoder.grid)
+    shown = torch.where(mask[..., None], 0.0, torch.randn_like(layers.patchify(imgs, 8)) * 9)
+    other = imgs + layers.unpatchify(shown, 8, model.encoder.grid)
     assert torch.equal(model.target(imgs)[mask], model.target(other)[mask])
     assert not torch.equal(model.target(imgs)[~mask], model.target(other)[~mask])
     assert torch.equal(model.loss(pred, model.target(imgs), mask), model.loss(pred, model.target(other), mask))
@@ -188,10 +186,10 @@ def test_hidden_pixels_do_not_reach_the_encoder():
     model = build()
     imgs, noise = batch(model)
     ids_keep, _, mask = model.mask(noise)
-    hidden = torch.where(mask[..., None], torch.randn_like(models.patchify(imgs, 8)), 0.0)
-    other = imgs + models.unpatchify(hidden, 8, model.encoder.grid)
+    hidden = torch.where(mask[..., None], torch.randn_like(layers.patchify(imgs, 8)), 0.0)
+    other = imgs + layers.unpatchify(hidden, 8, model.encoder.grid)
     for encoder in (model, build(mask_tokens_in_encoder=True)):
-        one, two = (encoder.encode(encoder.embed(x), ids_keep, mask) for x in (imgs, other))
+        one, two = (encoder.encode(x, ids_keep, mask) for x in (imgs, other))
         assert torch.equal(one, two)
 
 
@@ -199,8 +197,8 @@ def test_the_loss_by_hand():
     model = build()
     imgs, noise = batch(model)
     ids_keep, ids_restore, mask = model.mask(noise)
-    pred = model.decode(model.encode(model.embed(imgs), ids_keep, mask), ids_restore)
-    errors = [(pred[b, n] - models.patchify(imgs, 8)[b, n]).square().mean()
+    pred = model.decode(model.encode(imgs, ids_keep, mask), ids_restore)
+    errors = [(pred[b, n] - layers.patchify(imgs, 8)[b, n]).square().mean()
               for b in range(4) for n in range(16) if mask[b, n]]
     torch.testing.assert_close(model(imgs, noise), torch.stack(errors).mean())
     assert len(errors) == 4 * 12
@@ -226,12 +224,12 @@ def test_nothing_hidden_is_loss_0():
 def test_pca_target():
     model = build(target="pca", pca_dim=20)
     base = torch.randn(6, 192, generator=torch.Generator().manual_seed(0))
-    imgs = models.unpatchify(torch.randn(64, 16, 6) @ base + 2, 8, (4, 4))  # patches of rank 6, off centre
+    imgs = layers.unpatchify(torch.randn(64, 16, 6) @ base + 2, 8, (4, 4))  # patches of rank 6, off centre
     imgs = imgs + 0.01 * torch.randn_like(imgs)
-    trivial = model.prepare(imgs, torch.rand(64, 16))
+    trivial = mae.prepare(model, imgs, torch.rand(64, 16))
     gram = model.pca_basis.T @ model.pca_basis
     torch.testing.assert_close(gram, torch.eye(20), rtol=0, atol=1e-5)
-    centred = models.patchify(imgs, 8).flatten(0, 1) - model.pca_mean
+    centred = layers.patchify(imgs, 8).flatten(0, 1) - model.pca_mean
     coefficients = centred @ model.pca_basis
     variances = coefficients.var(dim=0)
     assert variances[:6].sum() > 0.999 * centred.var(dim=0).sum()  # the largest ones come first
@@ -247,13 +245,13 @@ def test_trivial_predictors(target):
     model = build(target=target, pca_dim=12)
     imgs, noise = batch(model, B=16)
     imgs = imgs + torch.randn(16, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    told = model.prepare(imgs, noise)
+    told = mae.prepare(model, imgs, noise)
     mask = model.mask(noise)[2]
     painted = imgs.unflatten(2, (4, 8)).unflatten(4, (4, 8)).mean(dim=(3, 5))  # (B, C, 4, 4)
     painted = painted.repeat_interleave(8, 2).repeat_interleave(8, 3)
-    target_of, patches = model.target(imgs), models.patchify(painted, 8)
+    target_of, patches = model.target(imgs), layers.patchify(painted, 8)
     if target == "norm_pixels":
-        mean, std = models.patch_statistics(models.patchify(imgs, 8))
+        mean, std = layers.patch_statistics(layers.patchify(imgs, 8))
         patches = (patches - mean) / std
     elif target == "pca":
         patches = (patches - model.pca_mean) @ model.pca_basis
@@ -282,6 +280,7 @@ def test_every_decoder_token_sits_at_its_own_position(size, kind, monkeypatch):
         seen["decoder"] = x[..., 0]
         return x
 
+    monkeypatch.setattr(model.encoder, "embed", lambda tokens: tokens)
     monkeypatch.setattr(model.encoder, "encode", encode)
     monkeypatch.setattr(model.decoder, "embed", torch.nn.Identity())
     monkeypatch.setattr(model.decoder, "forward", decode)
@@ -297,12 +296,12 @@ def test_every_decoder_token_sits_at_its_own_position(size, kind, monkeypatch):
 
 def test_positions_are_row_and_column_of_the_grid():
     """By hand, at one patch of a non-square grid: the column first, as in the published weights (M17)."""
-    table, row, column, D = models.sincos_positions((3, 5), 16), 2, 4, 16
+    table, row, column, D = layers.sincos_positions((3, 5), 16), 2, 4, 16
     frequencies = torch.tensor([10000 ** (-i / 4) for i in range(4)], dtype=torch.float64)
     by_hand = [f(x * frequencies) for x in (column, row) for f in (torch.sin, torch.cos)]
     assert table.shape == (1, 16, D) and table[:, 0].abs().max() == 0
     torch.testing.assert_close(table[0, 1 + row * 5 + column], torch.cat(by_hand).float())
-    assert not torch.equal(models.sincos_positions((4, 16), 16), models.sincos_positions((8, 8), 16))
+    assert not torch.equal(layers.sincos_positions((4, 16), 16), layers.sincos_positions((8, 8), 16))
 
 
 def test_an_encoder_gathers_positions_at_coords():
@@ -353,7 +352,7 @@ def test_the_explicit_attention_path_equals_sdpa():
 def test_every_trainable_parameter_gets_a_gradient(options):
     model = build(**options)
     imgs, noise = batch(model)
-    model.prepare(imgs, noise)
+    mae.prepare(model, imgs, noise)
     model(imgs, noise).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
@@ -379,7 +378,7 @@ def test_compile_captures_one_graph_and_changes_nothing(monkeypatch):
     imgs, noise = batch(model)
     (plain, before), names = gradients(model, imgs, noise), list(model.state_dict())
     monkeypatch.setattr(model, "compile", lambda: torch.nn.Module.compile(model, backend="aot_eager", fullgraph=True))
-    engine.distribute(config(compile=True), types.SimpleNamespace(world=1), model)
+    engine.Run(config(compile=True)).distribute(model)
     compiled, after = gradients(model, imgs, noise)
     assert list(model.state_dict()) == names  # no _orig_mod in checkpoints
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
@@ -395,7 +394,7 @@ def test_compiled_code_gives_the_same_loss(monkeypatch):
     imgs, noise = batch(model)
     with torch.no_grad():
         plain = model(imgs, noise)
-        engine.distribute(config(compile=True), types.SimpleNamespace(world=1), model)
+        engine.Run(config(compile=True)).distribute(model)
         assert model(imgs, noise).item() == pytest.approx(plain.item(), rel=1e-4)
 
 
@@ -403,7 +402,7 @@ def test_compiled_code_gives_the_same_loss(monkeypatch):
 def test_bf16_autocast_keeps_target_and_loss_in_fp32(options):
     model = build(**options)
     imgs, noise = batch(model)
-    model.prepare(imgs, noise)
+    mae.prepare(model, imgs, noise)
     exact = model(imgs, noise)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(imgs, noise)
@@ -418,7 +417,7 @@ def test_mask_tokens_in_the_encoder_cost_what_they_should():
     model = build(mask_tokens_in_encoder=True)
     imgs, noise = batch(model)
     ids_keep, _, mask = model.mask(noise)
-    assert model.encode(model.embed(imgs), ids_keep, mask).shape == (4, 17, 96)
+    assert model.encode(imgs, ids_keep, mask).shape == (4, 17, 96)
     assert model.mask_token.shape == (1, 1, 96)
     assert model(imgs, noise).isfinite()
 
@@ -478,8 +477,8 @@ def test_reconstruct_undoes_the_target(target, size, C, monkeypatch):
     """A decoder that paints the target itself must give back the image, in [0, 1], whatever the target."""
     model = build(target=target, img_size=size, in_chans=C, pca_dim=8 * 8 * C)
     original = torch.randint(0, 256, (16, C, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    imgs, noise = data.normalize(original), torch.rand(16, model.num_noise)
-    model.prepare(imgs, noise)
+    imgs, noise = transforms.normalize(original), torch.rand(16, model.num_noise)
+    mae.prepare(model, imgs, noise)
     monkeypatch.setattr(model, "decode", lambda latent, ids_restore: model.target(imgs))
     rows = mae.reconstruct(model, imgs, noise)
     kinds = [title.split("\n")[0] for title in rows]
@@ -490,8 +489,8 @@ def test_reconstruct_undoes_the_target(target, size, C, monkeypatch):
     for row in (exact, pred, pasted):
         torch.testing.assert_close(row, pictures, rtol=0, atol=2e-3)
     hidden = model.mask(noise)[2]
-    shown = models.patchify(masked, 8)
-    assert torch.allclose(shown[~hidden], models.patchify(pictures, 8)[~hidden], atol=1e-6)
+    shown = layers.patchify(masked, 8)
+    assert torch.allclose(shown[~hidden], layers.patchify(pictures, 8)[~hidden], atol=1e-6)
     assert shown[hidden].std(dim=0).max() < 1e-6  # one grey for everything hidden
     says_so = [title for title in rows if "true mean" in title]
     assert len(says_so) == (target == "norm_pixels")  # the picture tells what was taken from the original
@@ -500,7 +499,7 @@ def test_reconstruct_undoes_the_target(target, size, C, monkeypatch):
 def test_reconstruct_pastes_between_what_was_visible():
     model = build()
     imgs, noise = batch(model)
-    exact, _, pred, pasted = (models.patchify(row, 8) for row in mae.reconstruct(model, imgs, noise).values())
+    exact, _, pred, pasted = (layers.patchify(row, 8) for row in mae.reconstruct(model, imgs, noise).values())
     hidden = model.mask(noise)[2]
     assert torch.equal(pasted[hidden], pred[hidden]) and torch.equal(pasted[~hidden], exact[~hidden])
     assert not torch.equal(pred[~hidden], exact[~hidden])

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-import data
 import fastmim
 import finetune
 import lut
@@ -22,7 +21,7 @@ import mae
 import models
 import simmim
 import um_mae
-from common import checkpoint, engine, protocols
+from common import checkpoint, layers, optim, transforms
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))
 HEADS = 4  # of encoder and decoder: the one number that the arrays do not tell
@@ -38,7 +37,7 @@ def case(name):
 
 
 def images_of(arrays):
-    return data.normalize(arrays["images"].permute(0, 3, 1, 2))  # (B, C, H, W)
+    return transforms.normalize(arrays["images"].permute(0, 3, 1, 2))  # (B, C, H, W)
 
 
 def depth_of(arrays, prefix):
@@ -92,7 +91,7 @@ def test_mae(name, target, monkeypatch):
     imgs, noise = images_of(arrays), arrays["noise"]
     ids_keep, ids_restore, mask = model.mask(noise)
     assert torch.equal(mask, arrays["mask"].bool())
-    pred = model.decode(model.encode(model.embed(imgs), ids_keep, mask), ids_restore)
+    pred = model.decode(model.encode(imgs, ids_keep, mask), ids_restore)
     torch.testing.assert_close(pred, arrays["pred"], rtol=1e-4, atol=1e-4)
     loss = model(imgs, noise)
     check_loss(loss, arrays)
@@ -142,8 +141,8 @@ def test_finetune(pool, monkeypatch):
     def rename(name):
         return name if name.startswith(("fc_norm", "head")) else "encoder." + name
 
-    model = finetune.Classifier(encoder_of(arrays, monkeypatch, learn_positions=True), len(arrays["sd/head.bias"]),
-                                pool, {"mean": "layer", "cls": "none"}[pool])
+    encoder = encoder_of(arrays, monkeypatch, learn_positions=True, final_norm=pool == "cls")
+    model = finetune.Classifier(encoder, len(arrays["sd/head.bias"]), pool, {"mean": "layer", "cls": "none"}[pool])
     copy_in(model, arrays, rename)
     logits = model(images_of(arrays))
     torch.testing.assert_close(logits, arrays["logits"], rtol=1e-4, atol=1e-4)
@@ -156,7 +155,7 @@ def test_finetune(pool, monkeypatch):
 def test_lars():
     arrays = case("lars")
     weight, bias = (torch.nn.Parameter(arrays[k].clone()) for k in ("weight0", "bias0"))
-    optimizer = protocols.LARS([weight, bias], arrays["lr"].item(), 0.0, arrays["momentum"].item(),
+    optimizer = optim.LARS([weight, bias], arrays["lr"].item(), 0.0, arrays["momentum"].item(),
                               arrays["trust"].item())
     for step in range(len(arrays["grad_weight"])):
         weight.grad, bias.grad = arrays["grad_weight"][step].clone(), arrays["grad_bias"][step].clone()
@@ -174,10 +173,10 @@ def test_layer_decay(monkeypatch):
     for name, expected in cases.items():
         depth, decay = int(name.split("depth")[1].split("_")[0]), float(name.split("decay")[1])
         monkeypatch.setitem(models.VIT, "golden", (48, depth, HEADS))
-        encoder = models.build("golden", (64, 64), 16, learn_positions=True)
         mean = any(k.startswith("fc_norm") for k in expected)
+        encoder = models.build("golden", (64, 64), 16, learn_positions=True, final_norm=not mean)
         model = finetune.Classifier(encoder, 5, "mean" if mean else "cls", "layer" if mean else "none")
-        groups = engine.parameter_groups(model, 0.05, lambda name, m=model, d=decay: d ** m.depth_below(name))
+        groups = optim.parameter_groups(model, 0.05, optim.layer_decay(model, decay))
         found = {name.removeprefix("encoder."): [group["lr_scale"], group["weight_decay"]]
                  for group in groups for name in group["names"]}
         assert found.keys() == expected.keys()
@@ -233,7 +232,7 @@ def test_um_mae(name, small):
     noise = torch.cat([torch.from_numpy(arrays[k]).float() for k in ("mask", "secondary_noise")], dim=1)
     ids_keep, secondary, mask = model.mask(noise)
     assert torch.equal(mask, torch.from_numpy(arrays["mask"]).bool())
-    check_tensor(model.encode(*model.embed(imgs, ids_keep), secondary), arrays["latent"])
+    check_tensor(model.encode(imgs, ids_keep, secondary), arrays["latent"])
     model.cfg.published_order = True
     assert model(imgs, noise).item() == pytest.approx(float(arrays["loss_published_code"]), rel=1e-5)
     model.cfg.published_order = False
@@ -264,8 +263,8 @@ def test_simmim(name, small):
     side = model.cfg.mask_unit // model.encoder.stride
     mask = torch.from_numpy(arrays["mask"]).bool()
     units = mask[:, ::side, ::side].flatten(1)
-    assert torch.equal(model.spread(units, side), mask)
-    latent = model.encode(model.embed(imgs), units)
+    assert torch.equal(layers.expand_mask(units, model.grid, side), mask)
+    latent = model.encode(imgs, units)
     check_tensor(latent.transpose(1, 2).reshape(arrays["latent"].shape), arrays["latent"])
     loss = model.loss(model.decode(latent), model.target(imgs), units)
     assert loss.item() == pytest.approx(float(arrays["loss"]), rel=1e-5)
@@ -296,7 +295,7 @@ def test_fastmim(name, target, small):
     noise = torch.from_numpy(arrays["noise"])
     mask = model.mask(noise)
     assert mask.sum(dim=1).tolist() == [12, 12]
-    check_tensor(model.decode(model.encode(model.embed(imgs, mask))), arrays["pred"])
+    check_tensor(model.decode(model.encode(imgs, mask)), arrays["pred"])
     loss = model(imgs, noise)
     assert loss.item() == pytest.approx(float(arrays["loss"]), rel=1e-5)
     loss.backward()
@@ -319,10 +318,11 @@ def test_fine_tuning_um_mae(name, small):
     arrays, imgs, theirs = published(name)
     kind = name.removeprefix("finetune_um_")
     options = {"swin": {"bias": "continuous", "window": 8}, "pvt": {"reduction": (8, 4, 2, 1)}}[kind]
-    model = finetune.Classifier(models.build(f"{kind}_golden", (64, 64), learn_positions=True, **options), 5)
+    encoder = models.build(f"{kind}_golden", (64, 64), learn_positions=True, final_norm=False, **options)
+    model = finetune.Classifier(encoder, 5)
     head = {k: v for k, v in theirs.items() if k.startswith(("fc_norm", "head"))}
-    encoder = {f"encoder.{k}": v for k, v in parity.encoder_tensors(theirs).items() if k not in head}
-    checkpoint.load_exactly(model, {**head, **encoder}, name)
+    inner = {f"encoder.{k}": v for k, v in parity.encoder_tensors(theirs).items() if k not in head}
+    checkpoint.load_exactly(model, {**head, **inner}, name)
     logits = model(imgs)
     check_tensor(logits, arrays["logits"])
     loss = F.cross_entropy(logits, torch.arange(len(logits)))
@@ -346,8 +346,9 @@ def test_layer_decay_of_um_mae(kind, small):
     options = {"bias": "continuous"} if kind == "swin" else {}
     for case, expected in cases.items():
         decay = float(case.split("decay")[1])
-        model = finetune.Classifier(models.build(f"{kind}_golden", (64, 64), learn_positions=True, **options), 5)
-        groups = engine.parameter_groups(model, 0.05, lambda name, m=model, d=decay: d ** m.depth_below(name))
+        encoder = models.build(f"{kind}_golden", (64, 64), learn_positions=True, final_norm=False, **options)
+        model = finetune.Classifier(encoder, 5)
+        groups = optim.parameter_groups(model, 0.05, optim.layer_decay(model, decay))
         found = {name: [group["lr_scale"], group["weight_decay"]] for group in groups for name in group["names"]}
         expected = {um_classifier_name(name): values for name, values in expected.items()}
         assert found.keys() == expected.keys()

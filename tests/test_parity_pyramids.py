@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
+from encoders import read_encoder
 from torchvision.models.swin_transformer import SwinTransformer
 
 import models
-from common import checkpoint, weights
+from common import checkpoint, layers, weights
 
 # -------------------- An independent Swin, and definitions --------------------
 
@@ -105,7 +106,7 @@ def test_round_trip(name, tmp_path, capsys):
     """encoder.pt to an encoder made from its arch: the same features. Stochastic depth, checkpointing."""
     encoder = make(name).eval()
     checkpoint.write(tmp_path / "encoder.pt", {"arch": encoder.arch, "model": encoder.state_dict()})
-    saved = weights.read_encoder(tmp_path / "encoder.pt")
+    saved = read_encoder(tmp_path / "encoder.pt")
     arch = saved["arch"]
     again = models.build(arch["model"], arch["img_size"], arch["patch_size"], arch["in_chans"], drop_path=0.5,
                          **arch["options"])
@@ -127,11 +128,11 @@ def test_coordinates(name):
         if "bias_table" in key or "posmlp" in key:
             torch.nn.init.normal_(parameter)
     h, w = encoder.grid
-    tokens, own = torch.randn(2, h * w, encoder.embed_width), models.raster((h, w)).expand(2, -1, -1)
+    tokens, own = torch.randn(2, h * w, encoder.embed_width), layers.raster((h, w)).expand(2, -1, -1)
     torch.testing.assert_close(encoder.encode(tokens, own), encoder.encode(tokens), rtol=1e-4, atol=1e-4)
     if name in PYRAMIDS:
         part, grid, true = tokens[:, : h * w // 4], (h // 2, w // 2), random_units(2, 4, 4)
-        torch.testing.assert_close(encoder.encode(part, models.raster(grid).expand(2, -1, -1), grid),
+        torch.testing.assert_close(encoder.encode(part, layers.raster(grid).expand(2, -1, -1), grid),
                                    encoder.encode(part, grid=grid), rtol=1e-4, atol=1e-4)
     else:
         part, grid, true = tokens[:, :9], None, own[:, torch.tensor([3, 1, 4, 15, 9, 2, 6, 5, 8])]
@@ -148,7 +149,7 @@ def test_low_precision_and_maps(name):
     plain = encoder(imgs)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(encoder(imgs).float(), plain, rtol=0.1, atol=0.15)
-    attentions = [m for m in encoder.modules() if isinstance(m, models.Attention)]
+    attentions = [m for m in encoder.modules() if isinstance(m, layers.Attention)]
     for attention in attentions:
         attention.keep_maps = True
     torch.testing.assert_close(encoder(imgs), plain, rtol=1e-4, atol=1e-4)

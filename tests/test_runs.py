@@ -1,7 +1,7 @@
 """Whole runs: what a user gets wrong, what stops a run and how it goes on, and one recipe on 1, 2 and 4 processes.
 
-Most runs happen in this process, because starting Python and torch takes longer than the run. Real processes are used
-where they are the point: exit codes, signals, torchrun.
+Most runs happen in this process, or in a fork, because starting Python and torch takes longer than the run. Real
+processes are used where they are the point: exit codes, signals, torchrun.
 """
 
 import errno
@@ -19,12 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, equal, finish, flags, log_of, snapshot, start, torchrun
+from conftest import ROOT, equal, flags, log_of, snapshot
 from matplotlib.figure import Figure
+from processes import finish, fork, start, torchrun
 
 import finetune
 import mae
-from common import engine, options
+from common import config, engine
 
 SCRIPTS = {"mae": mae, "finetune": finetune}
 
@@ -144,7 +145,7 @@ def test_bad_input_ends_a_real_process_with_code_2(tiny, tuned, tmp_path, finish
     """The same, seen from a shell; and what a used --out answers."""
     processes = {
         "mask_rato": start("mae.py", *tiny(mask_rato=0.5, out=tmp_path / "a")),
-        "holds a run": start("mae.py", *tiny(out=finished["mae"])),
+        "holds a run": fork("mae.py", *tiny(out=finished["mae"])),
         "/no/such.pt": start("finetune.py", *tuned(init="/no/such.pt", out=tmp_path / "b")),
     }
     before = snapshot(finished["mae"])
@@ -229,13 +230,13 @@ def test_a_full_disk_at_a_picture_is_one_line(tiny, call, tmp_path, monkeypatch)
 
 def stop_after(monkeypatch, step, number=signal.SIGTERM):
     """A real signal to this process, while it is in this step."""
-    real = engine.log
-    def log(cfg, run, done, *rest):
-        real(cfg, run, done, *rest)
+    real = engine.Run.log
+    def log(run, done, *rest):
+        real(run, done, *rest)
         if done + 1 == step:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(engine, "log", log)
+    monkeypatch.setattr(engine.Run, "log", log)
 
 
 def same_checkpoint(one, two):
@@ -290,10 +291,11 @@ def test_resume_on_other_micro_batches_and_workers_goes_the_same_way(tiny, call,
 @pytest.mark.parametrize("number,script,changes", [
     (signal.SIGTERM, "mae", {"workers": 2}), (signal.SIGINT, "mae", {}), (signal.SIGINT, "finetune", {"workers": 2})],
     ids=["SIGTERM-mae-workers", "SIGINT-mae", "SIGINT-finetune-workers"])
-def test_a_signal_to_a_real_process(words_of, call, tmp_path, number, script, changes):
+def test_a_signal_to_a_process(words_of, call, tmp_path, number, script, changes):
     """The whole process group gets it, workers included, as from a terminal."""
     out = tmp_path / "run"
-    process = start(f"{script}.py", *words_of(script, out=out, epochs=50, **changes))
+    begin = start if number == signal.SIGTERM else fork
+    process = begin(f"{script}.py", *words_of(script, out=out, epochs=50, **changes))
     for line in process.stdout:
         if line.startswith("step 6/"):
             break
@@ -394,8 +396,7 @@ def spoiled_loss(monkeypatch, step, value=float("nan")):
             return real(self, *words) * value
         return real(self, *words)
 
-    monkeypatch.setattr(mae.MAE, "loss", loss)
-    monkeypatch.setattr(mae.MAE, "prepare", torch.no_grad()(mae.MAE.prepare))  # so that its losses are not counted
+    monkeypatch.setattr(mae.MAE, "loss", loss)  # `prepare` has no gradients, and is not counted
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -415,7 +416,6 @@ import hashlib, json, os, sys
 import torch
 import torch.distributed as dist
 import data
-from common import engine
 import finetune
 import mae
 
@@ -464,7 +464,7 @@ def on_one(tiny, tuned, tmp_path_factory, finished):
     folder = tmp_path_factory.mktemp("one")
     (folder / "driver.py").write_text(DRIVER)
     runs = shared_runs(tiny, tuned, str(finished["finetune"] / "encoder.pt"))
-    code, _, err = finish(start(folder / "driver.py", folder, json.dumps(runs)))
+    code, _, err = finish(fork(folder / "driver.py", folder, json.dumps(runs)))
     assert code == 0 and err == "", err
     return folder
 
@@ -477,7 +477,7 @@ def seen(folder):
 def test_processes_share_one_recipe(tiny, tuned, tmp_path, finished, on_one, world):
     (tmp_path / "driver.py").write_text(DRIVER)
     runs = shared_runs(tiny, tuned, str(finished["finetune"] / "encoder.pt"))
-    code, _, err = finish(start(*torchrun(world, tmp_path / "driver.py", tmp_path, json.dumps(runs))), timeout=90)
+    code, _, err = finish(fork(tmp_path / "driver.py", tmp_path, json.dumps(runs), world=world), timeout=90)
     assert code == 0, err[-3000:]
     for name in ("mae", "mae_tail", "finetune"):
         assert len(list((tmp_path / name).glob("seen.*"))) == world  # everyone had work
@@ -533,7 +533,7 @@ real, calls = mae.MAE.loss, itertools.count()
 def loss(self, *words):
     bad = next(calls) // 2 == 4 and os.environ["RANK"] == "1"  # two micro-batches a step
     return real(self, *words) * (float("nan") if bad else 1.0)
-mae.MAE.loss, mae.MAE.prepare = loss, lambda self, imgs, noise: {}
+mae.MAE.loss, mae.prepare = loss, lambda model, imgs, noise: {}
 mae.main(sys.argv[1:])
 """
 
@@ -551,8 +551,8 @@ def test_a_nan_on_one_of_two_processes_stops_both(tiny, call, tmp_path):
     assert codes and set(codes) <= {"2", "-15"}, err[-2000:]  # 2, or torchrun's SIGTERM to the slower one
 
 
-def test_bad_input_under_torchrun_is_said_once(tiny, tmp_path):
-    code, _, err = finish(start(*torchrun(2, "mae.py", *tiny(out=tmp_path / "run", batch_size=9))))
+def test_bad_input_to_two_processes_is_said_once(tiny, tmp_path):
+    code, _, err = finish(fork("mae.py", *tiny(out=tmp_path / "run", batch_size=9), world=2))
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     assert code != 0 and len(errors) == 1 and "--batch_size 9" in errors[0], err[-2000:]
     assert not (tmp_path / "run").exists()
@@ -582,7 +582,7 @@ def test_every_recipe_can_be_planned(call, tmp_path, recipe):
     assert done.code == 0 and done.err == "", done.err
     assert "parameters" in done.out and "GFLOPs" in done.out and "largest on a 24 GB card" in done.out
     assert not list(tmp_path.iterdir())
-    cfg = options.configure(script.Config, "", ["--config", str(recipe)])
+    cfg = config.parse(script.Config, "", ["--config", str(recipe)])
     largest = int(re.search(r"24 GB card: --micro_batch (\d+)", done.out)[1])
     assert cfg.micro_batch <= largest
     comment = recipe.read_text()
@@ -597,7 +597,7 @@ def test_every_recipe_can_be_planned(call, tmp_path, recipe):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_the_arithmetic_in_a_recipe_is_right(recipe):
     text = recipe.read_text()
-    cfg = options.configure(script_of(recipe).Config, "", ["--config", str(recipe)])
+    cfg = config.parse(script_of(recipe).Config, "", ["--config", str(recipe)])
     if told := re.search(r"Batch (\d+) = (\d+) GPUs x (?:(\d+) (?:micro-batches )?x )?(\d+)", text):
         batch, gpus, times, micro = (int(n or 1) for n in told.groups())
         assert batch == cfg.batch_size == gpus * times * micro and micro == cfg.micro_batch
@@ -611,7 +611,7 @@ def test_the_arithmetic_in_a_recipe_is_right(recipe):
 @pytest.mark.parametrize("name,script", [("mae_vit_b", mae), ("finetune_vit_b", finetune)])
 def test_defaults_are_the_main_recipe(name, script):
     defaults = script.Config()
-    recipe = options.configure(script.Config, "", ["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    recipe = config.parse(script.Config, "", ["--config", str(ROOT / "configs" / f"{name}.yaml")])
     differ = {k for k, v in vars(recipe).items() if v != getattr(defaults, k)}
     assert differ <= {"workers", "out", "model", "patch_size", "head_norm", "in_chans", "img_size"}, differ
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from conftest import ROOT, batch, equal, flags, gradients, log_of
 
-import data
 import finetune
 import simmim
-from common import checkpoint
+from common import checkpoint, layers, transforms
 
 KINDS = {"swin": {"model": "swin_tiny", "window": 4}, "continuous": {"model": "swin_tiny", "bias": "continuous"},
          "pvt": {"model": "pvt_tiny"}, "vit": {"model": "vit_tiny", "patch_size": 16},
@@ -23,11 +22,13 @@ def config(kind="swin", **options):
 
 def build(kind="swin", seed=0, **options):
     torch.manual_seed(seed)
-    return simmim.SimMIM(config(kind, **options))
+    cfg = config(kind, **options)
+    cfg.check()
+    return simmim.SimMIM(cfg)
 
 
 def predict(model, imgs, noise):
-    return model.decode(model.encode(model.embed(imgs), model.mask(noise[:, : model.num_units])))
+    return model.decode(model.encode(imgs, model.mask(noise[:, : model.num_units])))
 
 
 def hidden_pixels(model, noise):
@@ -59,12 +60,12 @@ def test_units_do_not_depend_on_patches_or_backbone():
     noise = torch.rand(20, 24)
     before, reference = noise.clone(), models[0].mask(noise)
     for model in models:
-        assert model.units == (4, 6) and torch.equal(model.mask(noise), reference)
+        assert model.grid == (4, 6) and torch.equal(model.mask(noise), reference)
         assert torch.equal(torch.cat([model.mask(row) for row in noise.split(1)]), reference)  # whoever else is there
-        tokens = model.spread(reference, 16 // model.encoder.stride)
+        tokens = layers.expand_mask(reference, model.grid, 16 // model.encoder.stride)
         assert tokens.shape[1:] == model.encoder.grid
         pixels = torch.kron(tokens.float(), torch.ones(model.encoder.stride, model.encoder.stride)).bool()
-        assert torch.equal(pixels, model.spread(reference, 16))
+        assert torch.equal(pixels, layers.expand_mask(reference, model.grid, 16))
     assert torch.equal(noise, before) and len({tuple(row.tolist()) for row in reference}) == 20
     assert (models[0].mask(torch.rand(4000, 24)).float().mean(dim=0) - 15 / 24).abs().max() < 0.046  # 6 deviations
 
@@ -100,7 +101,7 @@ def test_the_loss_by_hand(target):
     flat = to_paint.unflatten(3, (4, 16)).unflatten(2, (4, 16)).mean(dim=(3, 5), keepdim=True)
     flat = flat.expand(-1, -1, -1, 16, -1, 16).reshape(imgs.shape)
     by_hand = {"zero": to_paint[hidden].abs().mean().item(), "unit mean": (flat - to_paint)[hidden].abs().mean().item()}
-    assert model.prepare(imgs, noise) == pytest.approx(by_hand, abs=1e-4)
+    assert simmim.prepare(model, imgs, noise) == pytest.approx(by_hand, abs=1e-4)
 
 
 def test_nothing_hidden_is_loss_0():
@@ -146,7 +147,8 @@ def test_every_trainable_parameter_gets_a_gradient(kind, size, C):
 @pytest.mark.parametrize("kind,options,said", [
     ("swin", {"img_size": (64, 72)}, "64x72 must be divisible by --mask_unit 16 and by 32, .* as 64x96 is"),
     ("swin", {"mask_unit": 18, "img_size": (576, 576)}, "by 4, the patches of"),
-    ("vit", {"mask_unit": 8}, "by 16, the patches of"), ("vit", {"mask_unit": 0}, "--mask_unit 0"),
+    ("vit", {"mask_unit": 8}, "by 16, the patches of"),
+    ("vit", {"mask_unit": 0}, "--mask_unit must be 1 or more, not 0"),
     ("vit", {"img_size": (64, 72)}, "72"),
     ("swin", {"mask_ratio": 1.0}, "--mask_ratio"), ("swin", {"target": "hog"}, "--target"),
     ("swin", {"window": 0}, "--window"), ("swin", {"bias": "none"}, "--bias"),
@@ -191,7 +193,7 @@ def test_bf16_autocast_keeps_target_and_loss_in_fp32(kind):
 def test_reconstruct(target, monkeypatch):
     model = build(target=target, img_size=(64, 96))
     original = torch.randint(0, 256, (4, 3, 64, 96), dtype=torch.uint8)
-    imgs, noise = data.normalize(original), torch.rand(4, model.num_noise)
+    imgs, noise = transforms.normalize(original), torch.rand(4, model.num_noise)
     monkeypatch.setattr(model, "decode", lambda latent: model.target(imgs))
     rows = simmim.reconstruct(model, imgs, noise)
     kinds = [title.split("\n")[0] for title in rows]

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 from conftest import ROOT, batch, equal, flags, gradients, log_of
+from encoders import read_encoder
 
-import data
 import finetune
 import models
 import um_mae
-from common import weights
+from common import layers, transforms
 
 KINDS = {"swin": {"model": "swin_tiny", "window": 8}, "pvt": {"model": "pvt_tiny"},
          "vit": {"model": "vit_tiny", "patch_size": 8}}
@@ -25,12 +25,14 @@ def config(kind="swin", **options):
 
 def build(kind="swin", seed=0, **options):
     torch.manual_seed(seed)
-    return um_mae.UMMAE(config(kind, **options))
+    cfg = config(kind, **options)
+    cfg.check()
+    return um_mae.UMMAE(cfg)
 
 
 def predict(model, imgs, noise):
     ids_keep, secondary, _ = model.mask(noise)
-    return model.decode(model.encode(*model.embed(imgs, ids_keep), secondary), ids_keep)
+    return model.decode(model.encode(imgs, ids_keep, secondary), ids_keep)
 
 
 def changed_where(model, imgs, units, seed=1):
@@ -173,7 +175,7 @@ def test_the_loss_by_hand(target):
     assert len(errors) == 3 * 48
     torch.testing.assert_close(model(imgs, noise), torch.stack(errors).mean())
     by_hand = {name: torch.stack(values).mean().item() for name, values in guesses.items()}
-    assert model.prepare(imgs, noise) == pytest.approx(by_hand, abs=1e-4)
+    assert um_mae.prepare(model, imgs, noise) == pytest.approx(by_hand, abs=1e-4)
 
 
 # Positions
@@ -202,7 +204,7 @@ def traced(model, monkeypatch):
     ids_keep, secondary, mask = model.mask(noise)
     numbers = torch.arange(h * w).view(1, 1, h, w).float().expand(B, 3, -1, -1)
     imgs = numbers.repeat_interleave(model.cfg.unit, 2).repeat_interleave(model.cfg.unit, 3)
-    arrived = model.decode(model.encode(*model.embed(imgs, ids_keep), torch.zeros_like(secondary)), ids_keep)
+    arrived = model.decode(model.encode(imgs, ids_keep, torch.zeros_like(secondary)), ids_keep)
     expected = torch.arange(h * w).expand(B, -1).masked_fill(mask, -1).float()
     return seen, arrived, torch.cat([torch.full((B, P), -7.0), expected], dim=1)
 
@@ -314,12 +316,19 @@ def test_the_compact_map_is_the_full_one_without_what_was_dropped(kind, options,
             torch.nn.init.normal_(parameter)
     imgs, noise = batch(model, B=2)
     ids_keep, secondary, _ = model.mask(noise)
-    tokens, coords, grid = model.embed(imgs, ids_keep)
+    encode, seen = model.encoder.encode, {}
+    def watched(tokens, coords=None, grid=None):
+        seen.update(tokens=tokens, coords=coords)
+        return encode(tokens, coords, grid)
+
+    monkeypatch.setattr(model.encoder, "encode", watched)
+    with torch.no_grad():
+        latent = model.encode(imgs, ids_keep, torch.zeros_like(secondary))
+    tokens, coords = seen["tokens"], seen["coords"]
     everything = model.encoder.embed(imgs)  # kept tokens are those of the full image, at their places
     place = coords[..., 0] * model.encoder.grid[1] + coords[..., 1]
     torch.testing.assert_close(tokens, everything.gather(1, place[..., None].expand_as(tokens)))
     with torch.no_grad():
-        latent = model.encode(tokens, coords, grid, torch.zeros_like(secondary))
         for b in range(2):
             expected, spread = by_definition(model, tokens[b], coords[b])
             torch.testing.assert_close(latent[b], expected, rtol=1e-4, atol=1e-4)
@@ -391,7 +400,7 @@ def test_reconstruct(kind, target, monkeypatch):
     """A decoder that paints the target itself gives back the image, in [0, 1]; what is hidden is one grey."""
     model = build(kind, target=target, img_size=(64, 128))
     original = torch.randint(0, 256, (4, 3, 64, 128), dtype=torch.uint8)
-    imgs, noise = data.normalize(original), torch.rand(4, model.num_noise)
+    imgs, noise = transforms.normalize(original), torch.rand(4, model.num_noise)
     ids_keep, secondary, dropped = model.mask(noise)
     monkeypatch.setattr(model, "decode", lambda latent, ids_keep: model.target(imgs))
     rows = um_mae.reconstruct(model, imgs, noise)
@@ -402,13 +411,13 @@ def test_reconstruct(kind, target, monkeypatch):
     for row in (exact, pred, pasted):
         torch.testing.assert_close(row, original / 255, rtol=0, atol=2e-3)
     assert compact.shape == (4, 3, 32, 64) and all(0 <= row.min() and row.max() <= 1 for row in rows.values())
-    exact, sampled, hidden = (models.patchify(row, 8) for row in (exact, sampled, hidden))
+    exact, sampled, hidden = (layers.patchify(row, 8) for row in (exact, sampled, hidden))
     behind = torch.zeros_like(dropped).scatter(1, ids_keep, secondary)
     assert torch.equal(sampled[~dropped], exact[~dropped]) and sampled[dropped].std(dim=0).max() < 1e-6
     seen = ~dropped & ~behind
     assert torch.equal(hidden[seen], exact[seen]) and hidden[~seen].std(dim=0).max() < 1e-6
     kept = hidden.gather(1, ids_keep[..., None].expand(-1, -1, hidden.shape[2]))
-    assert torch.equal(models.patchify(compact, 8), kept)
+    assert torch.equal(layers.patchify(compact, 8), kept)
 
 
 # Whole runs
@@ -443,12 +452,12 @@ def test_a_run_and_fine_tuning_at_full_resolution(kind, changes, run, tmp_path):
     for one, two in zip(log_of(tmp_path / "once"), log_of(tmp_path / "whole"), strict=True):
         assert [one["loss"], one["grad_norm"]] == pytest.approx([two["loss"], two["grad_norm"]], rel=1e-5)
 
-    saved = weights.read_encoder(tmp_path / "whole" / "encoder.pt")
+    saved = read_encoder(tmp_path / "whole" / "encoder.pt")
     options = {"swin": {"window": 8, "bias": "continuous"}, "pvt": {"reduction": [8, 4, 2, 1]}, "vit": {}}[kind]
     assert options.items() <= saved["arch"]["options"].items() and saved["arch"]["img_size"] == [64, 64]
     tuned = run("tuned", finetune, init=tmp_path / "whole" / "encoder.pt", max_steps=1, head_start="random")
     assert tuned.code == 0 and "loaded" in tuned.out and "bias tables" not in tuned.out, tuned.err
-    again = weights.read_encoder(tmp_path / "tuned" / "encoder.pt")["arch"]
+    again = read_encoder(tmp_path / "tuned" / "encoder.pt")["arch"]
     assert options.items() <= again["options"].items()
     larger = run("larger", finetune, init=tmp_path / "whole" / "encoder.pt", max_steps=1, head_start="random",
                  img_size="64x96", batch_size=4)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from conftest import equal, log_of
+from encoders import read_encoder
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer, swin_transformer
 from torchvision.models.convnext import CNBlockConfig
 
@@ -16,7 +17,7 @@ import mae
 import models
 import simmim
 import um_mae
-from common import checkpoint, engine, layers, weights
+from common import checkpoint, config, layers, optim, weights
 
 
 def build(model, img_size=(64, 64), in_chans=3, **options):
@@ -85,7 +86,7 @@ def test_maps_of_pvtv2():
     assert [tuple(m.shape[1:]) for m in maps] == [(32, 18, 24), (64, 9, 12), (128, 5, 6), (256, 3, 3)]
     assert torch.equal(maps[-1].flatten(2).transpose(1, 2), encoder(imgs))
     plain = encoder(imgs)
-    for attention in (module for module in encoder.modules() if isinstance(module, models.Attention)):
+    for attention in (module for module in encoder.modules() if isinstance(module, layers.Attention)):
         attention.keep_maps = True
     torch.testing.assert_close(encoder(imgs), plain, rtol=1e-4, atol=1e-4)
     assert encoder.stages[0]["blocks"][0].attn.maps.shape == (1, 1, 18 * 24, 3 * 3)
@@ -220,9 +221,9 @@ def test_simmim_replaces_the_patches_that_torchvisions_swin_v2_embeds():
     assert model.encoder.grid == (16, 16) and model.encoder.embed_width == 16
     imgs, noise = torch.randn(2, 3, 64, 64), torch.rand(2, model.num_noise)
     mask = model.mask(noise[:, : model.num_units])
-    hidden = model.spread(mask, 16)[:, None]
+    hidden = layers.expand_mask(mask, model.grid, 16)[:, None]
     with torch.no_grad():
-        one, two = (model.decode(model.encode(model.embed(x), mask))
+        one, two = (model.decode(model.encode(x, mask))
                     for x in (imgs, torch.where(hidden, torch.randn_like(imgs), imgs)))
         assert torch.equal(one, two)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -262,8 +263,8 @@ def test_shapes_gradients_and_a_round_trip(model, img_size, in_chans, options, t
     layers_of = [encoder.layer_id(name) for name, _ in encoder.named_parameters()]
     assert set(layers_of) - {encoder.num_layers + 1} == set(range(encoder.num_layers + 1))
 
-    checkpoint.write(tmp_path / "encoder.pt", {"arch": engine.plain(encoder.arch), "model": encoder.state_dict()})
-    saved = weights.read_encoder(tmp_path / "encoder.pt")
+    checkpoint.write(tmp_path / "encoder.pt", {"arch": config.to_plain(encoder.arch), "model": encoder.state_dict()})
+    saved = read_encoder(tmp_path / "encoder.pt")
     arch = saved["arch"]
     again = models.build(arch["model"], tuple(arch["img_size"]), arch["patch_size"], arch["in_chans"], drop_path=0.5,
                          learn_positions=True, **arch["options"]).eval()
@@ -300,6 +301,7 @@ REFUSED = [(simmim.SimMIM, simmim.Config(model="pvtv2_tiny"), "masks pixels, tak
 @pytest.mark.parametrize(("method", "cfg", "said"), REFUSED, ids=lambda v: getattr(v, "model", None))
 def test_methods_refuse_what_would_show_hidden_pixels(method, cfg, said):
     with pytest.raises(ValueError, match=said) as error:
+        cfg.check()
         method(cfg)
     assert "\n" not in str(error.value)
 
@@ -334,7 +336,7 @@ def test_wrong_images_and_parts_of_a_map_are_refused():
 def test_fine_tuning(model, mode, tuned, call, tmp_path):
     """From encoder.pt at another image size; layers learn at their own rates; evaluation says the same again."""
     encoder = build(model, (32, 32))
-    checkpoint.write(tmp_path / "encoder.pt", {"arch": engine.plain(encoder.arch), "model": encoder.state_dict()})
+    checkpoint.write(tmp_path / "encoder.pt", {"arch": config.to_plain(encoder.arch), "model": encoder.state_dict()})
     words = tuned(model=None, patch_size=None, img_size=64, init=tmp_path / "encoder.pt", mode=mode, max_steps=2,
                   out=tmp_path / "run", drop_path=0.2)
     done = call(finetune.main, words)
@@ -348,7 +350,7 @@ def test_fine_tuning(model, mode, tuned, call, tmp_path):
 
 def test_no_weight_decay_for_scales_and_what_makes_bias_tables():
     for name, exempt in (("swin_v2_t", ("logit_scale", "cpb_mlp.0.weight")), ("convnext_tiny", ("layer_scale",))):
-        groups = engine.parameter_groups(build(f"torchvision:{name}"), 0.05)
+        groups = optim.parameter_groups(build(f"torchvision:{name}"), 0.05)
         for group in groups:
             found = [name for name in group["names"] if name.endswith(exempt)]
             assert bool(found) == (group["weight_decay"] == 0)

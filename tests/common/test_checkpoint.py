@@ -14,9 +14,10 @@ import zipfile
 import pytest
 import torch
 import torch.nn as nn
-from conftest import equal, finish, snapshot, start
+from conftest import equal, snapshot
+from processes import finish, fork
 
-from common import checkpoint, engine
+from common import checkpoint, optim
 
 
 def content(seed=0, size=40):
@@ -32,7 +33,7 @@ def network():
 
 def trained(steps=3):
     model = network()
-    optimizer = torch.optim.AdamW(engine.parameter_groups(model, 0.1), lr=0.01)
+    optimizer = torch.optim.AdamW(optim.parameter_groups(model, 0.1), lr=0.01)
     for _ in range(steps):
         model(torch.randn(6, 4)).square().mean().backward()
         optimizer.step()
@@ -165,6 +166,21 @@ def test_the_file_and_its_directory_are_synced_in_this_order(tmp_path, monkeypat
     assert events == ["file", "rename", "directory", "file", "rename", "rename", "directory"]
 
 
+def test_a_system_that_opens_no_folders_saves_all_the_same(tmp_path, monkeypatch):
+    """Windows."""
+    real = os.open
+    def refuse(path, *rest):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.delattr(os, "sysconf")
+    for seed in (1, 2):
+        checkpoint.write(tmp_path / "a.pt", content(seed))
+        assert equal(checkpoint.read(tmp_path / "a.pt"), content(seed))
+
+
 @pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
 def test_no_crash_between_two_renames_loses_the_last_good_one(tmp_path, monkeypatch, damaged, capsys):
     checkpoint.write(tmp_path / "a.pt", content(1))
@@ -255,7 +271,8 @@ for attempt in range(20):
     assert saved["model"]["w"].eq(saved["step"]).all()
     print("whole", saved["step"], flush=True)
 """
-    code, out, err = finish(start("-c", writer))
+    (tmp_path / "writer.py").write_text(writer)
+    code, out, err = finish(fork(tmp_path / "writer.py"))
     whole = [line for line in out.splitlines() if line.startswith("whole")]
     assert code == 0 and len(whole) == 20, err
     assert all(int(line.split()[1]) > 0 for line in whole)  # the kills did fall between saves that went on

@@ -1,8 +1,7 @@
-"""Weights from elsewhere and to elsewhere: the names and files of other code, and what of them is refused."""
+"""Weights from elsewhere: the names and files of other code, and what of them is refused."""
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import pickle
@@ -16,12 +15,14 @@ import parity
 import pytest
 import torch
 import torch.nn as nn
-import torchvision
 from conftest import equal, flags, snapshot
+from encoders import VIT, read_encoder, stirred
+from safetensors.torch import load_file, save_file
 
 import finetune
 import models
-from common import checkpoint, tensorfile, weights
+from common import checkpoint, weights
+from tools import convert
 
 DEPTHS = (2, 1, 1, 1)
 
@@ -41,32 +42,6 @@ def rebuild(saved, **changes):
                            **arch["options"])
     weights.load_encoder(encoder, saved, "file")
     return encoder.eval()
-
-
-def stirred(module, seed=0):
-    """Random biases, tokens and norms, too: zeros and ones would hide a swapped name."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
-    return module.eval()
-
-
-def classifier(encoder, pool="mean", head_norm="layer", K=7):
-    model = finetune.Classifier(encoder, K, pool, head_norm)
-    if head_norm == "batch":
-        model.fc_norm.running_mean.normal_()
-        model.fc_norm.running_var.uniform_(0.5, 2)
-    return stirred(model)
-
-
-def saved_of(model):
-    """encoder.pt of a classifier."""
-    return {"arch": model.encoder.arch, "model": model.encoder.state_dict(), "method": "Classifier", "step": 5,
-            "classifier": model.export([f"class {i}" for i in range(len(model.head.weight))])}
-
-
-VIT = ("vit_tiny", (32, 32), 8)
 
 
 @pytest.fixture
@@ -90,7 +65,7 @@ KIND = {"fastmim_swin_hog": "swin", "simmim_swin": "swin", "um_mae_swin": "swin"
 def test_published_names_of_pretraining(name, small, tmp_path, capsys):
     _, imgs, theirs = parity.case(name)
     torch.save({"model": theirs, "args": argparse.Namespace(lr=1), "epoch": 7}, tmp_path / "published.pth")
-    saved = weights.read_encoder(tmp_path / "published.pth")
+    saved = read_encoder(tmp_path / "published.pth")
     kind, size = KIND.get(name, "vit"), imgs.shape[-1]
     assert saved["arch"]["model"] == f"{kind}_golden" and "classifier" not in saved
     if name != "um_mae_swin":  # which fits any size, and has no table that would tell
@@ -144,9 +119,8 @@ def test_names_of_hugging_face(tmp_path, mae, prefix):
     theirs = hugging_face(encoder.state_dict(), mae)
     if not prefix:
         theirs = {name.removeprefix("vit."): tensor for name, tensor in theirs.items()}
-    with open(tmp_path / "model.safetensors", "wb") as file:
-        tensorfile.save((theirs, {"format": "pt"}), file)
-    saved = weights.read_encoder(tmp_path / "model.safetensors")
+    save_file({name: tensor.contiguous().clone() for name, tensor in theirs.items()}, tmp_path / "model.safetensors")
+    saved = read_encoder(tmp_path / "model.safetensors")
     assert equal(dict(rebuild(saved).state_dict()), dict(encoder.state_dict()))
     assert any("decoder (2)" in note for note in saved["notes"]) == mae and ("classifier" in saved) != mae
 
@@ -156,7 +130,7 @@ def test_a_name_that_no_one_knows_is_refused_and_not_left_over(mae_file):
     path, encoder = mae_file
     torch.save({**encoder.state_dict(), "reg_token": torch.zeros(1, 4, 96)}, path)
     with pytest.raises(ValueError, match=r"mae\.pth is of another architecture.*reg_token"):
-        weights.read_encoder(path)
+        read_encoder(path)
 
 
 def test_a_tensor_that_would_stay_unset_is_refused(mae_file):
@@ -165,7 +139,7 @@ def test_a_tensor_that_would_stay_unset_is_refused(mae_file):
     del tensors["blocks.2.mlp.fc1.bias"]
     torch.save(tensors, path)
     with pytest.raises(ValueError, match=r"lacks \['blocks\.2\.mlp\.fc1\.bias'\]"):
-        weights.read_encoder(path)
+        read_encoder(path)
 
 
 # Architecture
@@ -176,10 +150,10 @@ def test_a_tensor_that_would_stay_unset_is_refused(mae_file):
 def test_window_and_image_size_of_a_swin(tmp_path, size, window, told):
     encoder = models.build("swin_tiny", size, window=window)
     torch.save(encoder.state_dict(), tmp_path / "swin.pth")
-    saved = weights.read_encoder(tmp_path / "swin.pth")
+    saved = read_encoder(tmp_path / "swin.pth")
     assert saved["arch"] == encoder.arch
     assert any("--init_size" in note for note in saved["notes"]) != told
-    given = weights.read_encoder(tmp_path / "swin.pth", size)
+    given = read_encoder(tmp_path / "swin.pth", size)
     assert given["arch"] == encoder.arch and not any("--init_size" in note for note in given["notes"])
 
 
@@ -189,25 +163,25 @@ def test_a_grid_that_is_no_square_must_be_told(tmp_path, options):
     encoder = models.build("vit_tiny", (16, 32), 8, 4, **options)
     torch.save(encoder.state_dict(), tmp_path / "vit.pth")
     with pytest.raises(ValueError, match=r"vit\.pth.*--init_size"):
-        weights.read_encoder(tmp_path / "vit.pth")
+        read_encoder(tmp_path / "vit.pth")
     with pytest.raises(ValueError, match=r"vit\.pth"):  # of other images
-        weights.read_encoder(tmp_path / "vit.pth", (32, 32))
-    assert weights.read_encoder(tmp_path / "vit.pth", (16, 32))["arch"] == encoder.arch
+        read_encoder(tmp_path / "vit.pth", (32, 32))
+    assert read_encoder(tmp_path / "vit.pth", (16, 32))["arch"] == encoder.arch
 
 
 def test_sizes_without_an_encoder_are_told_with_those_that_exist(tmp_path):
     encoder = models.ViT("odd", (32, 32), 8, 3, 36, 2, 2)
     torch.save(encoder.state_dict(), tmp_path / "vit.pth")
     with pytest.raises(ValueError, match=r"vit\.pth: no encoder of ours has.*\(36, 2\).*vit_tiny \(96, 4\)"):
-        weights.read_encoder(tmp_path / "vit.pth")
+        read_encoder(tmp_path / "vit.pth")
 
 
 def test_the_six_heads_of_fastmim_are_told(mae_file, monkeypatch):
     path, encoder = mae_file
-    monkeypatch.setattr(models, "VIT", {"vit_b": models.VIT["vit_tiny"]})
+    monkeypatch.setitem(models.SIZES, "vit", {"vit_b": models.VIT["vit_tiny"]})
     for colour in (False, True):
         torch.save({**encoder.state_dict(), "mask_token": torch.zeros((1, 3, 1, 1) if colour else (1, 1, 96))}, path)
-        saved = weights.read_encoder(path)
+        saved = read_encoder(path)
         assert any("6 heads" in note for note in saved["notes"]) == colour
         assert (saved["method"] == "FastMIM") == colour
 
@@ -230,8 +204,7 @@ def forms(tensors, path):
         return path.with_suffix(".pth")
 
     def safe():
-        with open(path.with_suffix(".safetensors"), "wb") as file:
-            tensorfile.save((tensors, {}), file)
+        save_file(tensors, path.with_suffix(".safetensors"))
         return path.with_suffix(".safetensors")
 
     options = argparse.Namespace(lr=0.1, betas=(0.9, 0.95), resume="", nested=argparse.Namespace(a=1))
@@ -245,7 +218,7 @@ def forms(tensors, path):
 @pytest.mark.parametrize("form", ["alone", "model", "state_dict", "Namespace", "old", "safetensors"])
 def test_every_form_of_file(mae_file, form):
     path, encoder = mae_file
-    saved = weights.read_encoder(forms(encoder.state_dict(), path)[form]())
+    saved = read_encoder(forms(encoder.state_dict(), path)[form]())
     assert equal(dict(rebuild(saved).state_dict()), dict(encoder.state_dict()))
     assert any("no checksums" in note for note in saved["notes"]) == (form == "old")
 
@@ -259,7 +232,7 @@ def test_a_cfg_node_is_read_as_a_dict_and_its_package_is_not_needed(mae_file, mo
         options = node(a=1, b=node(c=2))
         options.frozen = True
         torch.save({"model": encoder.state_dict(), "config": options}, path)
-    assert equal(weights.read_encoder(path)["model"], dict(encoder.state_dict()))
+    assert equal(read_encoder(path)["model"], dict(encoder.state_dict()))
     with pytest.raises(ValueError, match="more than tensors"):  # of our own files none holds one
         checkpoint.read(path)
 
@@ -268,8 +241,8 @@ def test_a_cfg_node_is_read_as_a_dict_and_its_package_is_not_needed(mae_file, mo
 def test_other_precisions_become_float32_and_it_is_said(mae_file, dtype):
     path, encoder = mae_file
     theirs = {name: tensor.to(dtype) for name, tensor in encoder.state_dict().items()}
-    saved = weights.read_encoder(forms(theirs, path)["safetensors"]())
-    assert equal(saved["model"], {name: tensor.float() for name, tensor in theirs.items()})
+    saved = read_encoder(forms(theirs, path)["safetensors"]())
+    assert equal(in_order(saved["model"]), in_order({name: tensor.float() for name, tensor in theirs.items()}))
     assert any(f"{dtype} made torch.float32" in note for note in saved["notes"])
 
 
@@ -333,7 +306,7 @@ def test_bad_weights_end_in_one_line_and_nothing_is_run_or_written(mae_file, tmp
     path = spoiled(*mae_file, marker)[what]()
     before = snapshot(tmp_path)
     for main, words in [(finetune.main, [*tuned(model=None, patch_size=None, init=path, out=tmp_path / "run")]),
-                        (weights.main, ["export", path, "--to", "timm", tmp_path / "out.pth"])]:
+                        (convert.main, ["export", path, "--to", "timm", tmp_path / "out.pth"])]:
         done = call(main, words)
         assert done.code == 2 and len(done.err.splitlines()) == 1 and "error: " in done.err, done.err
         assert done.err.count(path.name) >= 1
@@ -347,30 +320,41 @@ def test_the_bad_weights_above_are_all(mae_file, tmp_path):
 # safetensors
 
 
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+          torch.int8, torch.uint8, torch.bool]
+
+
 def tensors_of_all_kinds():
     draw = torch.Generator().manual_seed(0)
-    found = {str(dtype): (9 * torch.randn(3, 5, generator=draw)).to(dtype) for dtype in tensorfile.DTYPES.values()}
+    found = {str(dtype): (9 * torch.randn(3, 5, generator=draw)).to(dtype) for dtype in DTYPES}
     return {**found, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "view": torch.arange(12.0).view(3, 4).T}
 
 
-def test_safetensors_equal_those_of_the_library_both_ways(tmp_path):
-    library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed (requirements-dev.txt)")
-    ours = tensors_of_all_kinds()
-    with open(tmp_path / "a.safetensors", "wb") as file:
-        tensorfile.save((ours, {"format": "pt", "who": "wir, ä"}), file)
-    assert equal({n: t.contiguous() for n, t in sorted(ours.items())},
-                 dict(sorted(library.load_file(tmp_path / "a.safetensors").items())))
-    library.save_file({n: t.contiguous() for n, t in ours.items()}, tmp_path / "b.safetensors", {"format": "pt"})
-    found, about = tensorfile.read(tmp_path / "b.safetensors")
-    assert equal(dict(sorted(found.items())), dict(sorted(ours.items()))) and about == {"format": "pt"}
+def in_order(tensors):
+    return {name: tensors[name].contiguous() for name in sorted(tensors)}
 
 
 def test_safetensors_make_the_round_trip(tmp_path):
     ours = tensors_of_all_kinds()
-    checkpoint.write(tmp_path / "a.safetensors", (ours, {"a": "b"}))
-    found, about = tensorfile.read(tmp_path / "a.safetensors")
-    assert equal({n: t.contiguous() for n, t in ours.items()}, found) and about == {"a": "b"}
+    convert.write_safetensors(tmp_path / "a.safetensors", ours, {"format": "pt", "who": "wir, ä"})
+    found, about = weights.read_safetensors(tmp_path / "a.safetensors")
+    assert equal(in_order(found), in_order(ours)) and about == {"format": "pt", "who": "wir, ä"}
+    assert equal(in_order(load_file(tmp_path / "a.safetensors")), in_order(ours))
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("how", ["read", "write"])
+def test_without_the_library_it_is_one_line(mae_file, tmp_path, tuned, call, monkeypatch, how):
+    path, encoder = mae_file
+    safe = forms(encoder.state_dict(), path)["safetensors"]()
+    before = snapshot(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # importing it fails
+    if how == "read":
+        done = call(finetune.main, tuned(model=None, patch_size=None, init=safe, out=tmp_path / "run"))
+    else:
+        done = call(convert.main, ["export", path, "--to", "timm", tmp_path / "out.safetensors"])
+    assert done.code == 2 and done.err.count("\n") == 1 and "pip install safetensors" in done.err, done.err
+    assert snapshot(tmp_path) == before
 
 
 def entry(dtype="F32", shape=(2, 2), offsets=(0, 16)):
@@ -400,17 +384,17 @@ def test_a_header_that_lies_is_refused(tmp_path, lie):
     length = {"length": 2**63, "longer": len(header) + 17}.get(lie, len(header))
     content = length.to_bytes(8, "little") + header + bytes(16)
     (tmp_path / "a.safetensors").write_bytes(content[:7] if lie == "short file" else content)
-    with pytest.raises(ValueError, match=r"a\.safetensors is not a whole checkpoint") as caught:
-        tensorfile.read(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors") as caught:
+        read_encoder(tmp_path / "a.safetensors")
     assert len(str(caught.value).splitlines()) == 1
     honest = json.dumps({"a": entry()}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(honest).to_bytes(8, "little") + honest + bytes(16))
-    assert equal(tensorfile.read(tmp_path / "a.safetensors")[0], {"a": torch.zeros(2, 2)})
+    assert equal(weights.read_safetensors(tmp_path / "a.safetensors")[0], {"a": torch.zeros(2, 2)})
 
 
 def test_random_changes_of_a_header_never_do_more_than_be_refused(tmp_path):
     path, draw = tmp_path / "a.safetensors", random.Random(0)
-    checkpoint.write(path, ({"a": torch.zeros(2, 3), "b.c": torch.zeros(4)}, {"x": "y"}))
+    save_file({"a": torch.zeros(2, 3), "b.c": torch.zeros(4)}, path, {"x": "y"})
     whole = path.read_bytes()
     for _ in range(400):
         bad = bytearray(whole)
@@ -418,133 +402,8 @@ def test_random_changes_of_a_header_never_do_more_than_be_refused(tmp_path):
             bad[draw.randrange(8, len(whole) - 40)] = draw.randrange(256)
         path.write_bytes(bad)
         with contextlib.suppress(ValueError):
-            found, _ = tensorfile.read(path)
+            found, _ = weights.read_safetensors(path)
             assert sum(tensor.nbytes for tensor in found.values()) == 40
-
-
-# To elsewhere
-
-
-def exported(saved, target, path):
-    """The model that the printed lines make."""
-    checkpoint.write(path.with_name("encoder.pt"), saved)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        weights.main(["export", str(path.with_name("encoder.pt")), "--to", target, str(path)])
-    names = {"torch": torch, "torchvision": torchvision}
-    for name in ("timm", "safetensors"):
-        if f"{name}." in out.getvalue():
-            names[name] = pytest.importorskip(name, reason=f"{name} is not installed (requirements-dev.txt)")
-            pytest.importorskip("safetensors.torch", reason="safetensors is not installed (requirements-dev.txt)")
-    exec(out.getvalue().split("\n", 1)[1], names)
-    return names["model"].eval()
-
-
-SWIN, WIDE = ("swin_tiny", (64, 64)), ("swin_tiny", (64, 128))
-PVT2 = ("pvtv2_tiny", (64, 96))
-EXPORTS = [("timm", VIT, {}, "mean", "layer"), ("timm", VIT, {}, "cls", "none"), ("timm", VIT, {}, "cls", "layer"),
-           ("timm", VIT, {}, "mean", "none"), ("timm", VIT, {}, "mean", "batch"), ("timm", VIT, {}, "cls", "batch"),
-           ("timm", ("vit_tiny", (16, 32), 4, 5), {}, "mean", "layer"),
-           ("timm", SWIN, {"window": 4}, "mean", "none"), ("timm", WIDE, {"window": 4}, "mean", "none"),
-           ("timm", SWIN, {"window": 2}, "mean", "batch"),
-           ("timm", PVT2, {}, "mean", "none"), ("timm", PVT2, {}, "mean", "batch"),
-           ("torchvision", VIT, {}, "cls", "none"), ("torchvision", VIT, {}, "cls", "layer"),
-           ("torchvision", VIT, {}, "cls", "batch"), ("torchvision", SWIN, {"window": 2}, "mean", "none"),
-           ("torchvision", WIDE, {"window": 2}, "mean", "batch")]
-
-
-@pytest.mark.parametrize("target,sizes,options,pool,norm", EXPORTS, ids=repr)
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_an_exported_classifier_computes_the_same_there(tmp_path, target, sizes, options, pool, norm, suffix):
-    ours = classifier(models.build(*sizes, **options), pool, norm)
-    theirs = exported(saved_of(ours), target, tmp_path / f"out{suffix}")
-    imgs = torch.randn(3, ours.encoder.arch["in_chans"], *sizes[1])
-    with torch.no_grad():
-        expected = ours(imgs)
-        assert expected.std() > 0.1
-        torch.testing.assert_close(theirs(imgs), expected, rtol=1e-5, atol=1e-5)
-    again = weights.read_encoder(tmp_path / f"out{suffix}", sizes[1])
-    assert again["arch"] == ours.encoder.arch
-    if norm == "none" and again["classifier"]["pool"] == pool:  # and back: names cannot tell every pooling
-        cfg = finetune.Config(init=str(tmp_path / f"out{suffix}"), init_size=sizes[1], eval=True)
-        back = finetune.build_classifier(*finetune.resolve(cfg), [str(i) for i in range(7)]).eval()
-        assert equal(dict(sorted(back.state_dict().items())), dict(sorted(ours.state_dict().items())))
-
-
-@pytest.mark.parametrize("target,sizes,options", [
-    ("timm", VIT, {}), ("timm", SWIN, {"window": 4}), ("timm", PVT2, {}), ("torchvision", VIT, {}),
-    ("torchvision", SWIN, {"window": 2})], ids=repr)
-def test_an_exported_encoder_computes_the_same_there(tmp_path, target, sizes, options):
-    encoder = stirred(models.build(*sizes, **options))
-    saved = {"arch": encoder.arch, "model": encoder.state_dict(), "method": "MAE", "step": 1}
-    theirs = exported(saved, target, tmp_path / "out.pth")
-    imgs = torch.randn(2, 3, *sizes[1])
-    with torch.no_grad():
-        expected = encoder(imgs)
-        if target == "timm":
-            found = theirs.forward_features(imgs)
-            found = found.flatten(2).transpose(1, 2) if sizes is PVT2 else found
-        elif sizes is VIT:
-            tokens = theirs._process_input(imgs)
-            found = theirs.encoder(torch.cat([theirs.class_token.expand(2, -1, -1), tokens], dim=1))
-        else:
-            found = theirs.norm(theirs.features(imgs))
-        torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("build", [lambda: models.build(*VIT), lambda: models.build("pvt_tiny", (64, 64)), lambda:
-                         models.build("swin_tiny", (64, 64), window=4, bias="continuous"), lambda: models.build(
-                         *VIT, positions="shared_bias", layer_scale=0.1)], ids=["vit", "pvt", "um_swin", "simmim_vit"])
-def test_to_safetensors_and_back_nothing_is_lost(tmp_path, build):
-    saved = saved_of(classifier(build()))
-    checkpoint.write(tmp_path / "encoder.pt", saved)
-    weights.main(["export", str(tmp_path / "encoder.pt"), "--to", "safetensors", str(tmp_path / "out.safetensors")])
-    again = weights.read_encoder(tmp_path / "out.safetensors")
-    assert equal({name: again[name] for name in saved}, {**saved, "model": dict(saved["model"])})
-
-
-REFUSED = {
-    "shared bias": ("timm", lambda: models.build(*VIT, positions="shared_bias"), "layer", "no encoder like"),
-    "block bias": ("torchvision", lambda: models.build(*VIT, positions="block_bias"), "layer", "no encoder like"),
-    "continuous": ("timm", lambda: models.build("swin_tiny", (64, 64), bias="continuous"), "none", "no encoder like"),
-    "pvt": ("torchvision", lambda: models.build("pvt_tiny", (64, 64)), "layer", "no encoder like"),
-    "norm behind the mean": ("timm", lambda: models.build(*SWIN, window=4), "layer", "--head_norm none"),
-    "mean": ("torchvision", lambda: models.build(*VIT), "layer", "--to timm"),
-    "oblong": ("torchvision", lambda: models.build("vit_tiny", (16, 32), 8), "cls", "--to timm"),
-    "channels": ("torchvision", lambda: models.build("vit_tiny", (16, 16), 8, 1), "cls", "--to timm"),
-    "window": ("torchvision", lambda: models.build(*SWIN, window=4), "none", "--to timm"),
-    "padding": ("timm", lambda: models.build(*SWIN, window=3), "none", "does not tile"),
-    "reduction": ("timm", lambda: models.build("pvtv2_tiny", (64, 48)), "none", "does not tile"),
-    "pvt2": ("torchvision", lambda: models.build(*PVT2), "none", "no encoder like"),
-    "suffix": ("safetensors", lambda: models.build(*VIT), "layer", ".safetensors"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_a_target_cannot_express_is_refused(tmp_path, call, case):
-    target, build, norm, word = REFUSED[case]
-    model = classifier(build(), "cls", "none") if norm == "cls" else classifier(build(), "mean", norm)
-    checkpoint.write(tmp_path / "encoder.pt", saved_of(model))
-    before = snapshot(tmp_path)
-    done = call(weights.main, ["export", tmp_path / "encoder.pt", "--to", target, tmp_path / "out.pth"])
-    assert done.code == 2 and len(done.err.splitlines()) == 1 and word in done.err, done.err
-    assert snapshot(tmp_path) == before
-
-
-def test_a_file_that_exists_is_not_written_over(tmp_path, call, mae_file):
-    path, _ = mae_file
-    before = snapshot(tmp_path)
-    done = call(weights.main, ["export", path, "--to", "timm", path])
-    assert done.code == 2 and "is there already" in done.err and snapshot(tmp_path) == before
-
-
-def test_show_says_what_a_file_is(mae_file, call, tmp_path):
-    path, encoder = mae_file
-    out = call(weights.main, ["show", path]).out
-    assert "names are those of MAE's code or timm" in out and "decoder_blocks (2)" in out and "model vit_tiny" in out
-    assert all(f"    {name} {tuple(tensor.shape)} float32\n" in out for name, tensor in encoder.state_dict().items())
-    checkpoint.write(tmp_path / "encoder.pt", saved_of(classifier(models.build(*VIT))))
-    out = call(weights.main, ["show", tmp_path / "encoder.pt"]).out
-    assert "classifier: pool mean, norm layer, 7 classes" in out and "head.weight (7, 96)" in out
 
 
 # Into fine-tuning
@@ -558,7 +417,7 @@ def test_published_weights_fine_tune_and_the_run_says_what_it_did(mae_file, tune
                  "check the licence", "newly initialised: fc_norm.weight, fc_norm.bias, head.weight, head.bias",
                  "decoder_pos_embed (1)"):
         assert said in done.out, done.out
-    assert weights.read_encoder(tmp_path / "run" / "encoder.pt")["arch"]["in_chans"] == 1
+    assert read_encoder(tmp_path / "run" / "encoder.pt")["arch"]["in_chans"] == 1
 
 
 def test_a_published_classifier_is_evaluated(mae_file, tuned, call, folder, tmp_path):

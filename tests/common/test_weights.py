@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import equal
+from encoders import read_encoder
 
 import models
 from common import checkpoint, weights
@@ -15,7 +16,7 @@ def encoder_file(encoder, **changes):
 def test_an_encoder_makes_the_round_trip(tmp_path, capsys):
     one, two = (models.build("vit_tiny", (32, 64), 8) for _ in range(2))
     checkpoint.write(tmp_path / "encoder.pt", encoder_file(one))
-    weights.load_encoder(two, weights.read_encoder(tmp_path / "encoder.pt"), "encoder.pt")
+    weights.load_encoder(two, read_encoder(tmp_path / "encoder.pt"), "encoder.pt")
     imgs = torch.randn(2, 3, 32, 64)
     assert torch.equal(one(imgs), two(imgs))
     assert "loaded" in capsys.readouterr().out
@@ -46,7 +47,7 @@ def test_a_file_that_only_looks_like_an_encoder_is_refused_in_one_line(tmp_path,
     saved = encoder_file(encoder, arch={**encoder.arch, **nested})
     torch.save({**saved, **{k: v for k, v in changes.items() if "." not in k}}, tmp_path / "encoder.pt")
     with pytest.raises(ValueError, match=r"encoder\.pt") as caught:
-        weights.load_encoder(encoder, weights.read_encoder(tmp_path / "encoder.pt"), tmp_path / "encoder.pt")
+        weights.load_encoder(encoder, read_encoder(tmp_path / "encoder.pt"), tmp_path / "encoder.pt")
     assert len(str(caught.value).splitlines()) == 1
     assert equal(dict(encoder.state_dict()), before)
 
@@ -55,7 +56,7 @@ def test_a_file_that_only_looks_like_an_encoder_is_refused_in_one_line(tmp_path,
 def test_a_checkpoint_of_something_else_is_no_encoder(tmp_path, value):
     torch.save(value, tmp_path / "encoder.pt")
     with pytest.raises(ValueError, match=r"encoder\.pt"):
-        weights.read_encoder(tmp_path / "encoder.pt")
+        read_encoder(tmp_path / "encoder.pt")
 
 
 def test_an_encoder_for_another_image_size_has_its_positions_resized(capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from data import normalize
+from common.transforms import normalize
 from tools import analyze
 
 
@@ -33,13 +33,16 @@ def test_hog_stability(call, folder, tmp_path):
     saved = json.loads((tmp_path / "new" / "hog.json").read_text())
     assert (tmp_path / "new" / "hog.png").exists() and saved["about"]["images"] == 4
     assert str(folder) not in json.dumps(saved)
-    for ways in saved["targets"].values():
-        assert list(ways) == ["another size", "another size and back", "noise"]
-        assert list(ways["another size"]) == ["16", "32"]
-        shares = [value["share"] for value in ways["noise"].values()]
+    results = saved["results"]
+    ways = ["another size", "another size and back", "noise"]
+    assert list(results) == [f"{measure}, {way}" for way in ways for measure in ("share", "psnr")]
+    assert all(list(rows) == ["pixels", "norm_pixels", "hog"] for rows in results.values())
+    for target in results["share, noise"]:
+        assert list(results["share, another size"][target]) == ["16", "32"]
+        shares = [share for [share] in results["share, noise"][target].values()]
         assert shares == sorted(shares) and shares[0] > 0
-    pixels = saved["targets"]["pixels"]["noise"]
-    assert pixels["8"]["share"] == pytest.approx(16 * pixels["2"]["share"], rel=0.05)
+    pixels = results["share, noise"]["pixels"]
+    assert pixels["8"][0] == pytest.approx(16 * pixels["2"][0], rel=0.05)
 
 
 def test_a_missing_folder_is_one_line(call, tmp_path):

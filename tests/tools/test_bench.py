@@ -11,10 +11,9 @@ from conftest import ROOT
 
 import finetune
 import mae
-from tools import bench
+from tools import bench, tables
 
 TINY = {"model": "vit_tiny", "patch_size": 8, "in_chans": 3, "img_size": (32, 32), "workers": 0}
-FINETUNE = bench.CASES["fine-tuning ViT-B"][2:]  # model and loss
 MAE_TINY = TINY | {"decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
 
 
@@ -23,12 +22,11 @@ def tiny(monkeypatch):
     """Two tiny cases and pairs of them; no fresh process, which would not know them, measures their peak."""
     cases = {"tiny MAE": (mae.Config, MAE_TINY, mae.MAE),
              "tiny MAE, mask tokens": (mae.Config, MAE_TINY | {"mask_tokens_in_encoder": True}, mae.MAE),
-             "tiny fine-tuning": (finetune.Config, TINY | {"mixup": 0.0, "cutmix": 0.0}, *FINETUNE)}
+             "tiny fine-tuning": (finetune.Config, TINY | {"mixup": 0.0, "cutmix": 0.0}, finetune.Classifier)}
     monkeypatch.setattr(bench, "CASES", cases)
     monkeypatch.setattr(bench, "PAIRS", {"yardstick": [("tiny fine-tuning", "squeezenet1_1 224", "")],
                                          "ratios": [("tiny MAE", "tiny MAE, mask tokens", "2.8x")]})
-    monkeypatch.setattr(bench, "SQUARE", {"cpu": 64})
-    monkeypatch.setattr(bench.subprocess, "check_output", lambda words: "1000000")
+    monkeypatch.setattr(bench.subprocess, "check_output", lambda words, **options: "1000000")
     threads = torch.get_num_threads()
     yield cases
     torch.set_num_threads(threads)
@@ -48,7 +46,7 @@ FORWARD = (EMBED + 4 * block(KEPT, D) + 2 * 2 * KEPT * D * WIDTH + block(N + 1, 
 
 
 def shared(precision="fp32"):
-    return {"batch_size": 2, "micro_batch": 2, "precision": precision, "device": "cpu"}
+    return {"batch_size": 2, "micro_batch": 2, "precision": precision, "device": "cpu", "data": "none"}
 
 
 def statements(function):
@@ -59,7 +57,7 @@ def statements(function):
 def test_step_is_the_one_of_the_scripts(script):
     """Every statement between backward and zero_grad stands in main() and in bench's step, in the same order."""
     ours, theirs = statements(bench.Script.step), statements(script.main)
-    first, last = "run.scaler.scale(part * run.world).backward()", "optimizer.zero_grad(set_to_none=True)"
+    first, last = "run.scaler.scale(loss * run.world_size).backward()", "optimizer.zero_grad(set_to_none=True)"
     theirs = theirs[theirs.index(first) : theirs.index(last) + 1]
     assert ours[ours.index(first) : ours.index(last) + 1] == theirs
 
@@ -81,21 +79,44 @@ def test_result_file_and_table(tiny, tmp_path, capsys, what):
     path = tmp_path / "results" / "bench.json"
     words = [what, "--rounds", "2", "--batch", "2", "--precision", "both", "--device", "cpu", "--json", str(path)]
     bench.main(words)
-    printed, result = capsys.readouterr().out, json.loads(path.read_text())
-    assert [row["precision"] for row in result["rows"]] == ["fp32", "bf16"]
-    assert {"device", "bf16_instructions", "torch", "commit", "date"} <= result["machine"].keys()
-    for row in result["rows"]:
+    printed, record = capsys.readouterr().out, json.loads(path.read_text())
+    rows = record["results"]
+    assert [row["precision"] for row in rows] == ["fp32", "bf16"]
+    assert {"commit", "date", "machine", "commands", "seeds"} <= record.keys()
+    assert {"processor", "bf16_instructions", "torch", "threads"} <= record["machine"].keys()
+    assert record["commands"] == [f"python -m tools.bench {' '.join(words)}"]
+    for row in rows:
         a, b = row["seconds"]
         assert len(a) == len(b) == 2 and min(a + b) > 0
         assert row["ratios"] == pytest.approx([b[0] / a[0], b[1] / a[1]])
         assert f"**{sum(row['ratios']) / 2:#.3g}** ({min(row['ratios']):#.3g} to {max(row['ratios']):#.3g})" in printed
         assert f"| {row['flops'][1] / row['flops'][0]:.2f} | 1.00 (at 16) |" in printed
-    assert result["rows"][0]["flops"] == result["rows"][1]["flops"]
+    assert rows[0]["flops"] == rows[1]["flops"]
     if what == "ratios":
-        assert result["rows"][0]["flops"][0] == 3 * FORWARD - EMBED
-    bench.main(["--table", str(path)])
+        assert rows[0]["flops"][0] == 3 * FORWARD - EMBED
+    tables.main(["print", str(path)])
     assert capsys.readouterr().out == printed and printed.count("\n|") == 4
     assert ("2.8x" in printed) == (what == "ratios")
+
+
+def test_numbers_go_below_runs_unless_asked_for(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bench.main(["--rounds", "1", "--batch", "2", "--precision", "fp32", "--device", "cpu"])
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["bench_yardstick_cpu.json"]
+    assert (tmp_path / "runs" / "bench_yardstick_cpu.json").exists()
+
+
+def test_memory_is_left_out_where_the_system_does_not_tell(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench.subprocess, "check_output", lambda words, **options: "0")
+    words = ["--rounds", "1", "--batch", "2", "--precision", "fp32", "--device", "cpu"]
+    bench.main([*words, "--json", str(tmp_path / "bench.json")])
+    assert "(at " not in capsys.readouterr().out
+
+    class Nowhere(type(ROOT)):
+        def exists(self):
+            return False
+    monkeypatch.setattr(bench, "Path", Nowhere)
+    assert bench.resident("VmRSS") == 0
 
 
 def test_unknown_case_is_one_line(capsys):

@@ -1,88 +1,47 @@
-"""demo.py: what it runs, what it does not run again, and the tables it prints. The runs themselves are made up."""
+"""demo.py: what it runs, and what it leaves. The runs themselves are made up."""
 
 import json
-import types
 from pathlib import Path
-
-import pytest
-from conftest import ROOT
 
 from tools import demo
 
-
-@pytest.fixture
-def commands(monkeypatch, tmp_path):
-    """Every command that demo.py runs; each leaves the files of a run, and 50 %, or 40 % from scratch. Seed 13 fails.
-    What is written goes to a temporary folder."""
-    ran = []
-
-    def run(words, env, stdout, stderr):
-        out = Path(words[words.index("--out") + 1])
-        (out / "result.json").write_text(json.dumps({"top1": 40 if "scratch" in out.name else 50}))
-        (out / "log.jsonl").write_text('{"step": 100, "loss": 2.0}\n{"step": 1250, "loss": 1.0}\n')
-        (out / "pictures").mkdir(exist_ok=True)
-        (out / "pictures" / "step.png").touch()
-        ran.append(" ".join(words[1:]))
-        return types.SimpleNamespace(returncode=int(" --seed 13 " in ran[-1]))
-
-    (tmp_path / "results").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo.subprocess, "run", run)
-    monkeypatch.setattr(demo.figures, "demo", lambda *given: None)
-    return ran
+TOP1 = {"pre-trained": 50.0, "scratch": 40.0, "scratch, 2x budget": 40.0, "scratch, 4x budget": 40.0}
 
 
-def test_learns_compares_equal_runs(commands, capsys):
-    """Both arms are the same commands, but for where they start: at a pre-training, or at one stopped at once."""
-    demo.main(["--what", "learns", "--seeds", "0 1 2", "--out", "runs", "--jobs", "2"])
-    each = 2 * (1 + len(demo.TESTS))  # two encoders, and what they are put to
-    assert len(commands) == 3 * len(demo.LEARNS) * each
-    pretrained, scratch = ([c for c in commands if f"/{arm}" in c] for arm in ("pre-trained", "scratch"))
-    stopped = [c for c in scratch if "finetune.py" not in c]
-    assert len(stopped) == 3 * len(demo.LEARNS) and all(" --max_steps 1 " in c for c in stopped)
-    alike = [c.replace(" --max_steps 1 ", " ") if c in stopped else c for c in scratch]
-    assert sorted(pretrained) == sorted(c.replace("/scratch", "/pre-trained") for c in alike)
-    record = json.loads(Path("results/learns.json").read_text())
-    tops = {test: {"pre-trained": 50, "scratch": 40} for test in demo.TESTS}
-    ends = {"log": [{"step": 100, "loss": 2.0}, {"step": 1250, "loss": 1.0}]}
-    assert record["results"] == {name: dict.fromkeys("012", tops | ends) for name in demo.LEARNS}
-    assert "| UM-MAE PVT | 3 | 50.0 (50.0 to 50.0) | 40.0 (40.0 to 40.0) |" in capsys.readouterr().out
-
-
-def test_learns_goes_on_where_it_was_stopped(commands):
-    """A command that failed, or that is another one than before, runs; one that ended well does not run again."""
-    with pytest.raises(SystemExit, match="failed"):
-        demo.main(["--what", "learns", "--seeds", "0 13", "--out", "runs", "--jobs", "1"])
-    done = [c for c in commands if " --seed 0 " in c]
-    assert len(done) == 2 * (1 + len(demo.TESTS)) * len(demo.LEARNS) and " --resume" in commands[-1]
-    commands.clear()
-    demo.main(["--what", "learns", "--seeds", "0", "--out", "runs"])
-    assert not commands
-    for seed in (1, 2, 2):
-        demo.run("mae.py", "--seed", seed, out=Path("runs/one"), again="--resume")
-    assert len(commands) == 2
-
-
-def test_learns_from_longer_pretraining(commands, capsys):
-    """Of some methods, beside what shorter ones left."""
-    for epochs in (2, 8):
-        demo.main(["--what", "learns", "--epochs", str(epochs), "--methods", "LUT ViT", "--out", "runs"])
-    long = [c for c in commands if c.startswith("lut.py") and " --epochs 8 --warmup_epochs 0.64 " in c]
-    assert len(long) == 2 and len(commands) == 2 * 2 * (1 + len(demo.TESTS))
-    record = json.loads(Path("runs/learns_8_epochs.json").read_text())
-    assert list(record["results"]) == list(record["pretraining"]) == ["LUT ViT"]
-    with pytest.raises(SystemExit, match="2"):
-        demo.main(["--what", "learns", "--methods", "LUT ViT,BEiT"])
-    assert "--methods: BEiT is not one of MAE ViT, " in capsys.readouterr().err
-
-
-def test_demo_runs_everything_anew(commands):
+def test_demo_runs_everything_anew(made_up):
     for _ in range(2):
         demo.main(["--out", "runs"])
+    commands = made_up()
     assert len(commands) == 2 * (1 + 2 * len(demo.ARMS)) and all("--overwrite" in c for c in commands)
 
 
-@pytest.mark.parametrize("name", ["learns.json", "learns_8_epochs.json"])
-def test_readme_shows_what_was_measured(name):
-    results = json.loads((ROOT / "results" / name).read_text())["results"]
-    assert demo.learns_table(results) in (ROOT / "README.md").read_text()
+def test_arms_differ_in_where_they_start_and_how_long_they_train(made_up):
+    demo.main(["--out", "runs", "--seeds", "3", "--jobs", "1"])
+    pretraining, *tuning = made_up()
+    assert pretraining == "mae.py --config configs/tiny.yaml --seed 3 --out runs/seed3/mae --overwrite"
+    for labels, epochs in demo.BUDGET.items():
+        for arm, times in demo.ARMS.items():
+            out = f"runs/seed3/{demo.slug(arm)}_{labels}"
+            start = "--init runs/seed3/mae/encoder.pt" if arm == "pre-trained" else "--model vit_tiny --patch_size 8"
+            words = f"{start} --labels {labels} --epochs {times * epochs} --split test --seed 3"
+            tuning.remove(f"finetune.py --config configs/finetune_tiny.yaml {words} --out {out} --overwrite")
+    assert not tuning
+
+
+def test_numbers_figure_and_table(made_up, capsys):
+    demo.main(["--out", "runs", "--seeds", "0 1 2", "--json", "kept/demo.json"])
+    record = json.loads(Path("kept/demo.json").read_text())
+    assert record["seeds"] == [0, 1, 2] and record["seconds"] >= 0
+    cells = {arm: {"200 labels": [top1] * 3, "500 labels": [top1] * 3} for arm, top1 in TOP1.items()}
+    assert record["results"] == {demo.TITLE: cells}
+    log = [{"step": 100, "loss": 2.0}, {"step": 1250, "loss": 1.0}]
+    assert record["pretraining_log"] == dict.fromkeys("012", log)
+    assert Path("runs/demo.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "| pre-trained, 500 labels | 50.0 | 50.0 | 50.0 | 50.0 (50.0 to 50.0) |" in printed
+    assert "numbers          kept/demo.json\n" in printed and "runs/seed2/mae/pictures/step.png" in printed
+
+
+def test_what_is_measured_stays_below_runs_unless_asked_for(made_up, tmp_path):
+    demo.main(["--seeds", "0 1 2"])
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

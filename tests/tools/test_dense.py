@@ -1,4 +1,4 @@
-"""dense.py, dense_data.py, tasks.py: maps, labels that move with images, losses, scores, and what is refused."""
+"""dense.py, dense_data.py, dense_tasks.py: maps, labels that move with images, losses, scores, and what is refused."""
 
 import json
 import math
@@ -10,17 +10,17 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import equal, finish, flags, log_of, paint, start, torchrun
+from conftest import equal, flags, log_of, paint
 from PIL import Image
-from test_same_text import block, same
+from processes import finish, start, torchrun
 
 import data
 import finetune
 import mae
 import models
-from common import engine, files
+from common import engine, images, optim
 from common.shapes import shapes_batch
-from tools import dense, dense_data, tasks
+from tools import dense, dense_data, dense_tasks
 
 NAMES = ["sky", "sea", "land"]
 
@@ -29,7 +29,7 @@ def scene(folder, split, i, size=(16, 16)):
     """Image i of a folder, and its labels for both tasks: the sky is above the horizon, and the land to the right."""
     paint(folder / split / "images" / f"{i}.png", seed=i + 100 * (split == "val"), size=size)
     classes, depth = np.ones(size, np.uint8), np.full(size, 2000 + 100 * i, np.uint16)
-    classes[: 4 + i % 4], classes[:, 12:], classes[0, 0] = 0, 2, tasks.UNKNOWN
+    classes[: 4 + i % 4], classes[:, 12:], classes[0, 0] = 0, 2, dense_tasks.UNKNOWN
     depth[: 4 + i % 4], depth[:, 12:] = 0, 1000
     return classes, depth
 
@@ -37,7 +37,7 @@ def scene(folder, split, i, size=(16, 16)):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """{task: folder} of 12 images for training and 5 for validation."""
-    roots = {task: tmp_path_factory.mktemp(task) for task in tasks.TASKS}
+    roots = {task: tmp_path_factory.mktemp(task) for task in dense_tasks.TASKS}
     for task, root in roots.items():
         for split, count in (("train", 12), ("val", 5)):
             (root / split / "labels").mkdir(parents=True)
@@ -84,7 +84,7 @@ def test_maps_are_the_latent_with_rows_and_columns(model, size, count):
 @pytest.mark.parametrize("model,patch,size,in_chans,doublings", [
     ("vit_tiny", 16, (32, 64), 1, 2), ("vit_tiny", 2, (16, 16), 3, 0), ("swin_tiny", 0, (40, 72), 4, 0),
     ("pvt_tiny", 0, (32, 32), 3, 0), ("pvtv2_tiny", 0, (32, 40), 3, 0)])
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", dense_tasks.TASKS)
 def test_a_prediction_has_the_size_of_the_image(model, patch, size, in_chans, doublings, task):
     cfg = config(model=model, patch_size=patch, img_size=size, in_chans=in_chans, task=task)
     net = dense.build_dense(cfg, None, NAMES)
@@ -113,7 +113,8 @@ def test_a_horizontal_step_is_found_where_it_is():
 
 def test_layer_decay_and_drop_path():
     net = dense.build_dense(config(drop_path=0.6), None, NAMES)
-    depths = {name: net.depth_below(name) for name, _ in net.named_parameters()}
+    scale = optim.layer_decay(net, 0.5)
+    depths = {name: -math.log2(scale(name)) for name, _ in net.named_parameters()}
     assert {name.split(".")[0] for name, depth in depths.items() if depth == 0} == {"norms", "laterals", "head"}
     assert depths["encoder.patch_embed.proj.weight"] == 5 and depths["encoder.blocks.3.mlp.fc1.weight"] == 1
     imgs, noise = torch.randn(2, 3, 32, 32), torch.tensor([[0.0], [1.0]]).expand(-1, net.num_noise)
@@ -128,7 +129,7 @@ def test_layer_decay_and_drop_path():
 def test_labels_of_shapes():
     numbers = data.SPLITS["val"][0] + np.arange(data.SPLITS["val"][1])
     made = shapes_batch(0, numbers[:40])
-    segment, depth = (dense_data.DenseShapes("val", task) for task in tasks.TASKS)
+    segment, depth = (dense_data.DenseShapes("val", task) for task in dense_tasks.TASKS)
     assert segment.classes[:2] == ["ground", "circle"] and len(segment.classes) == 11
     for i in range(0, 40, 7):
         (image, label), _ = segment.load(i)
@@ -147,7 +148,7 @@ def test_image_and_label_are_cropped_and_flipped_as_one():
             dense_data.tv_tensors.Mask((32.0 * y + x) / 1024))
     source = types.SimpleNamespace(load=lambda i: (pair, 0))
     cfg = config(crop_scale=(0.3, 1.0), flip=0.5, shift=4)
-    steps = [dense_data.augmentation(dense_data.with_defaults(cfg)), dense_data.v2.ToPureTensor()]
+    steps = [dense_data.augmentation(cfg), dense_data.v2.ToPureTensor()]
     images = data.Images(source, dense_data.v2.Compose(steps), seed=0)
     (imgs, labels), *_ = images.__getitems__([(epoch, 0, 0) for epoch in range(8)])
     assert type(imgs) is type(labels) is torch.Tensor and imgs.shape == (8, 3, 32, 32) and labels.shape == (8, 32, 32)
@@ -195,27 +196,27 @@ def test_a_palette_image_holds_the_numbers_of_its_colours(folders, tmp_path):
 
 def test_segment_against_plain_loops():
     torch.manual_seed(0)
-    task = tasks.Segment(NAMES, 0)
+    task = dense_tasks.Segment(NAMES, 0)
     output, label = torch.randn(2, 3, 5, 7), torch.randint(0, 2, (2, 5, 7))
-    label[0, :2], label[1, 0] = tasks.UNKNOWN, 1
+    label[0, :2], label[1, 0] = dense_tasks.UNKNOWN, 1
     loss, pred = task.loss(output, label), output.argmax(dim=1)
     for i in range(2):
         errors = [-output[i, :, y, x].log_softmax(dim=0)[label[i, y, x]].item()
-                  for y in range(5) for x in range(7) if label[i, y, x] != tasks.UNKNOWN]
+                  for y in range(5) for x in range(7) if label[i, y, x] != dense_tasks.UNKNOWN]
         assert loss[i].item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     scores = task.scores((task.tally(pred[:1], label[:1]) + task.tally(pred[1:], label[1:])).double())
-    known, ious = label != tasks.UNKNOWN, []
+    known, ious = label != dense_tasks.UNKNOWN, []
     for k in range(3):  # class 2 occurs only among predictions: its IoU is 0, and counts
         both, either = ((pred == k) & (label == k))[known].sum(), ((pred == k) | (label == k))[known].sum()
         ious.append(100 * (both / either).item())
     assert ious[2] == 0 and scores["miou"] == pytest.approx(sum(ious) / 3, rel=1e-5)
     assert scores["per_class"] == pytest.approx(dict(zip(NAMES, ious, strict=True)), abs=0.01)
     assert scores["pixel_accuracy"] == pytest.approx(100 * (pred == label)[known].float().mean().item(), rel=1e-5)
-    assert task.loss(output, torch.full_like(label, tasks.UNKNOWN)).tolist() == [0, 0]
+    assert task.loss(output, torch.full_like(label, dense_tasks.UNKNOWN)).tolist() == [0, 0]
 
 
 def test_a_class_that_occurs_nowhere_is_not_averaged():
-    task = tasks.Segment(NAMES, 0)
+    task = dense_tasks.Segment(NAMES, 0)
     label = torch.tensor([[[0, 1, 1, 0]]])
     assert task.scores(task.tally(label, label).double())["miou"] == 100
     assert list(task.scores(task.tally(label, label).double())["per_class"]) == NAMES[:2]
@@ -223,7 +224,7 @@ def test_a_class_that_occurs_nowhere_is_not_averaged():
 
 def test_depth_against_plain_loops():
     torch.manual_seed(0)
-    task = tasks.Depth(None, 10.0)
+    task = dense_tasks.Depth(None, 10.0)
     output, label = torch.randn(2, 1, 5, 7), 9 * torch.rand(2, 5, 7) + 0.5
     label[0, 0], label[1, 1] = 0, 11  # unknown, and too far to be predicted
     pred, known = task.predict(output), (label > 0) & (label <= 10)
@@ -242,7 +243,7 @@ def test_depth_against_plain_loops():
 
 def test_the_scale_of_depth_costs_half():
     """Twice all distances: d = ln 2 everywhere, and half of its square is forgiven."""
-    task, label = tasks.Depth(None, 10.0), torch.full((1, 4, 4), 2.0)
+    task, label = dense_tasks.Depth(None, 10.0), torch.full((1, 4, 4), 2.0)
     output = torch.full((1, 1, 4, 4), math.log(0.4 / 0.6))  # sigmoid 0.4: 4 m
     assert task.loss(output, label).item() == pytest.approx(0.5 * math.log(2) ** 2, rel=1e-5)
     far = torch.full((1, 1, 4, 4), -200.0, requires_grad=True)  # a sigmoid of 0 in fp32, whose logarithm is none
@@ -253,23 +254,16 @@ def test_the_scale_of_depth_costs_half():
 # Runs
 
 
-def test_the_step_is_that_of_the_other_scripts():
-    first, last = "run.scaler.scale(part * run.world).backward()", "engine.log(cfg, run, step"
-    one, two = (block(name, first, last) for name in ("mae", "dense"))
-    assert len(one) > 10
-    same(one, two, ("mae.py", "dense.py"))
-
-
 @pytest.fixture(scope="module")
 def finished(words_of, tmp_path_factory):
     """{task: folder} of complete runs."""
-    runs = {task: tmp_path_factory.mktemp("runs") / task for task in tasks.TASKS}
+    runs = {task: tmp_path_factory.mktemp("runs") / task for task in dense_tasks.TASKS}
     for task, out in runs.items():
         dense.main([str(w) for w in words_of(task, out=out)])
     return runs
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", dense_tasks.TASKS)
 def test_eval_repeats_the_number_of_the_run(words_of, call, tmp_path, finished, task):
     before = json.loads((finished[task] / "result.json").read_text())
     assert before["images"] == 5 and (finished[task] / "pictures" / f"{task}.png").stat().st_size > 5000
@@ -283,16 +277,16 @@ def test_eval_repeats_the_number_of_the_run(words_of, call, tmp_path, finished, 
     assert after == pytest.approx(before, rel=1e-5)
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", dense_tasks.TASKS)
 def test_stopped_and_resumed_is_as_if_never_stopped(words_of, call, tmp_path, monkeypatch, finished, task):
-    out, log = tmp_path / "run", engine.log
+    out, log = tmp_path / "run", engine.Run.log
 
-    def interrupt(cfg, run, step, *rest):
-        log(cfg, run, step, *rest)
+    def interrupt(run, step, *rest):
+        log(run, step, *rest)
         if step + 1 == 4:
-            run.signal = signal.SIGTERM
+            run.caught_signal = signal.SIGTERM
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "log", interrupt)
+        patch.setattr(engine.Run, "log", interrupt)
         assert call(dense.main, words_of(task, out=out)).code == 128 + signal.SIGTERM
     assert torch.load(out / "last.pt")["step"] == 5
     assert call(dense.main, words_of(task, out=out, resume="true", workers=2)).code == 0
@@ -413,7 +407,7 @@ def test_another_task_or_no_head_is_not_evaluated(words_of, call, tmp_path, fini
 def test_a_single_bad_label_is_replaced_and_named(folders, tmp_path):
     root = shutil.copytree(folders["segment"], tmp_path / "one")
     Image.fromarray(np.full((16, 16), 77, np.uint8)).save(root / "val" / "labels" / "2.png")
-    with pytest.raises(files.Broken, match=r"2\.png: .*77"):
+    with pytest.raises(images.Broken, match=r"2\.png: .*77"):
         dense_data.DenseFolder(root, "val", "segment").load(2)
     val = dense_data.dense_set(config(data=str(root), img_size=(16, 16)), "val")
     *_, broken = val.__getitems__([(0, 2, 2)])

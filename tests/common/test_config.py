@@ -1,27 +1,28 @@
-"""options.py: defaults, then YAML, then flags; what does not fit is one line that names it."""
+"""config.py: defaults, then YAML, then flags; what does not fit is one line that names it."""
 
 import dataclasses
+import re
 
 import pytest
 
 import finetune
 import mae
-from common import options
+from common import config
 
 
 @dataclasses.dataclass
-class Config(options.RunConfig):
+class Config(config.RunConfig):
     """A small one, so that expectations can be written out."""
     depth: int = 8  # how deep
     ratio: float = 0.75  # how much
-    size: options.Size = (224, 224)  # how large
+    size: config.Size = (224, 224)  # how large
     betas: tuple[float, float] = (0.9, 0.95)  # how fast
     name: str = "a"  # what it is called
     fast: bool = False  # whether to hurry
 
 
 def configure(*words):
-    return options.configure(Config, "A script.", list(map(str, words)))
+    return config.parse(Config, "A script.", list(map(str, words)))
 
 
 def refused(capsys, *words):
@@ -61,9 +62,9 @@ def test_a_later_recipe_overrides_an_earlier_one(recipe):
 
 def test_a_section_counts_for_its_script_alone(recipe):
     path = recipe("epochs: 3\nmae:\n  decoder_depth: 1\n  epochs: 7\nfinetune:\n  pool: cls\n")
-    cfg = options.configure(mae.Config, "", ["--config", str(path)])
+    cfg = config.parse(mae.Config, "", ["--config", str(path)])
     assert (cfg.epochs, cfg.decoder_depth) == (7, 1)
-    cfg = options.configure(finetune.Config, "", ["--config", str(path)])
+    cfg = config.parse(finetune.Config, "", ["--config", str(path)])
     assert (cfg.epochs, cfg.pool) == (3, "cls")
 
 
@@ -91,7 +92,7 @@ def test_bare_and_explicit_booleans():
 
 
 @pytest.mark.parametrize("words,names", [
-    (["--dept", 3], ["--dept", "did you mean depth?"]),
+    (["--dept", 3], ["--dept", "did you mean --depth?"]),
     (["--batchsize", 3], ["--batchsize"]),
     (["--zzzzzz", 3], ["--zzzzzz", "--help"]),
     (["--depth", "three"], ["--depth", "int", "three"]),
@@ -138,7 +139,7 @@ def test_yaml_that_does_not_fit(capsys, recipe, text, names):
 def test_yaml_section_that_is_no_section(capsys, recipe):
     """Of the script itself: `mae: 3` where a mapping belongs."""
     with pytest.raises(SystemExit) as stop:
-        options.configure(mae.Config, "", ["--config", str(recipe("mae: 3\n"))])
+        config.parse(mae.Config, "", ["--config", str(recipe("mae: 3\n"))])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and len(err.splitlines()) == 1 and "mae" in err
 
@@ -157,27 +158,66 @@ def test_help_prints_every_field_with_its_comment(call, script):
     done = call(script.main, ["--help"])
     out = done.out
     assert done.code == 0 and done.err == ""
-    comments = options.describe(script.Config)
+    comments = config.describe(script.Config)
     printed = {line.split()[0]: line for line in out.splitlines() if line.startswith("  --")}
     for field in dataclasses.fields(script.Config):
         assert comments.get(field.name), f"{field.name} has no comment"
-        assert printed[f"--{field.name}"].rstrip().endswith(comments[field.name])
-    assert next(iter(printed)) == f"--{next(iter(script.Config.__annotations__))}"  # the method's own fields come first
+        assert printed[f"--{field.name}"].rstrip().endswith(comments[field.name][1])
+    own = [name for name in printed if name != "--config"]
+    assert own[0] == f"--{next(iter(script.Config.__annotations__))}"  # the method's own fields come first
+    headings = [line.rstrip(":") for line in out.splitlines() if re.fullmatch(r"[A-Z][a-z ]+:", line)]
+    assert [name for name in headings if name != "Options"] == ["The method", "The recipe", "Data", "Run", "Log"]
     assert script.__doc__.strip().splitlines()[0] in out
 
 
 def test_help_shows_how_a_default_is_written():
     for script in (mae, finetune):  # what --help prints can be typed again
+        defaults, words = script.Config(), []
         for field in dataclasses.fields(script.Config):
             value = field.default
-            text = "x".join(map(str, value)) if field.type is options.Size else \
-                ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            assert getattr(options.configure(script.Config, "", [f"--{field.name}={text}"]), field.name) == value
+            if isinstance(value, tuple):
+                value = ("x" if field.type is config.Size else ",").join(map(str, value))
+            words.append(f"--{field.name}={value}")
+        parsed = config.parse(script.Config, "", words)
+        assert all(getattr(parsed, name) == value for name, value in vars(defaults).items())
 
 
 def test_plain_and_fixed():
     cfg = mae.Config()
-    assert options.plain({"a": (1, (2, 3))}) == {"a": [1, [2, 3]]}
-    kept = options.fixed(cfg)
+    assert config.to_plain({"a": (1, (2, 3))}) == {"a": [1, [2, 3]]}
+    kept = cfg.fixed_options()
     assert {"mask_ratio", "batch_size", "seed", "data", "precision"} <= kept.keys()  # these decide the numbers
     assert not {"micro_batch", "workers", "out", "log_every", "max_steps", "device", "resume"} & kept.keys()
+
+
+def test_hyphens_and_negated_booleans():
+    assert configure("--log-every", 7, "--no-fast").log_every == 7
+    assert configure("--fast", "--no_fast").fast is False  # the last one counts
+
+
+@pytest.mark.parametrize("word,meant", [("lr", "--base_lr"), ("batch", "--batch_size"), ("batchsize", "--batch_size"),
+                                        ("mask-ration", "--mask_ratio"), ("decay", "--weight_decay")])
+def test_the_nearest_option_is_named(capsys, word, meant):
+    with pytest.raises(SystemExit):
+        config.parse(mae.Config, "", [f"--{word}", "1"])
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_one_of_and_in_range():
+    cfg = mae.Config(data="shapes")
+    config.one_of(cfg, mask="random grid")
+    config.in_range(cfg, mask_ratio="[0, 1)", epochs="(0, inf)", flip="[0.5, 0.5]")
+    for check, ranges, names in [
+            (config.one_of, {"mask": "grid block"}, ["--mask", "grid, block", "random"]),
+            (config.in_range, {"mask_ratio": "[0, 0.75)"}, ["--mask_ratio", "[0, 0.75)", "0.75"]),
+            (config.in_range, {"flip": "(0.5, 1]"}, ["--flip", "(0.5, 1]"]),
+            (config.in_range, {"epochs": "[2000, inf)"}, ["--epochs", "1600"])]:
+        with pytest.raises(ValueError) as error:
+            check(cfg, **ranges)
+        assert all(name in str(error.value) for name in names)
+
+
+def test_data_is_required(call, tmp_path):
+    """A recipe whose --data was forgotten must not train on something else."""
+    done = call(mae.main, ["--model", "vit_tiny", "--out", tmp_path / "run"])
+    assert done.code == 2 and done.err.startswith("error: --data is required") and not list(tmp_path.iterdir())

@@ -1,0 +1,97 @@
+"""plan.py: what --plan prints, against what really happens."""
+
+import contextlib
+import re
+import types
+
+import pytest
+import torch
+
+import finetune
+import lut
+import mae
+from common import layers, plan
+
+
+def small(**options):
+    return mae.Config(**{"model": "vit_tiny", "img_size": (32, 32), "patch_size": 8, "decoder_depth": 1,
+                         "decoder_width": 32, "decoder_heads": 2, "precision": "fp32", "data": "shapes", **options})
+
+
+def planned(cfg, build, capsys):
+    """The numbers that --plan prints: parameters, GFLOPs of an image forward and in a step, MB kept an image,
+    {micro_batch: GB}."""
+    plan.show(cfg, build)
+    text = capsys.readouterr().out
+    count, flops, step, kept = (float(re.search(rf"([\d.]+) {what}", text)[1]) for what in
+                                ("M trained parameters", "GFLOPs", "in a step", "MB an image"))
+    table = {int(n): float(gb) for n, gb in re.findall(r"--micro_batch (\d+) +([\d.]+) GB", text)}
+    return types.SimpleNamespace(count=count, flops=flops, step=step, kept=kept, table=table, text=text)
+
+
+def really_kept(model, B, *inputs, dtype=torch.float32):
+    """Bytes that a real forward keeps for its backward, weights and inputs aside."""
+    kept = {}
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    autocast = torch.autocast("cpu", dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast:
+        model(*inputs)
+    own = {t.untyped_storage().data_ptr() for t in model.state_dict(keep_vars=True).values()}
+    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"precision": "bf16"}],
+                         ids=["fp32", "checkpointing", "bf16"])
+def test_plan_agrees_with_what_happens(changes, capsys, monkeypatch):
+    def fused(self, q, k, v, bias=None):  # what a GPU does, and so the plan; a CPU takes another way in bf16
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    monkeypatch.setattr(layers.Attention, "attend", fused)
+    cfg = small(img_size=(160, 160), decoder_depth=2, decoder_width=64, **changes)
+    cost = planned(cfg, mae.MAE, capsys)
+    model = mae.MAE(cfg)
+    assert cost.count == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.05)
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    sizes = [really_kept(model, B, torch.randn(B, 3, 160, 160), torch.rand(B, 400), dtype=dtype) for B in (2, 4)]
+    assert cost.kept == pytest.approx((sizes[1] - sizes[0]) / 2 / 1e6, rel=0.02, abs=0.06)  # 0.05 by rounding
+
+
+def test_plan_counts_flops_and_memory(capsys):
+    cfg = small(img_size=(64, 64))
+    cost, deeper = (planned(small(img_size=(64, 64), decoder_depth=d), mae.MAE, capsys) for d in (1, 3))
+    N, keep, D, d = 64, 16, 96, cfg.decoder_width
+    def block(tokens, width):  # qkv and proj 4 D^2, MLP 8 D^2, two attention matmuls; a multiply-add is two
+        return 2 * tokens * (12 * width**2 + 2 * tokens * width)
+
+    matmuls = 2 * N * 192 * D + 4 * block(1 + keep, D) + 2 * (1 + keep) * D * d + block(1 + N, d) + 2 * N * d * 192
+    assert cost.flops == pytest.approx(matmuls / 1e9, rel=0.02, abs=0.005)
+    assert cost.step == pytest.approx(3 * matmuls / 1e9, rel=0.06)  # no gradient of the images; two decimals
+    assert deeper.flops - cost.flops == pytest.approx(2 * block(1 + N, d) / 1e9, abs=0.011)
+    steps = [cost.table[128] - cost.table[64], cost.table[256] - cost.table[128]]
+    assert steps == pytest.approx([64 * cost.kept / 1e3, 128 * cost.kept / 1e3], abs=0.02)
+
+
+def test_plan_of_finetuning(capsys):
+    cfg = finetune.Config(model="vit_tiny", patch_size=8, img_size=(160, 160), in_chans=3, precision="fp32")
+    def build(cfg):
+        return finetune.build_classifier(cfg, None, list("abcde"))
+
+    cost, model = planned(cfg, build, capsys), build(cfg)
+    assert cost.count == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.05)
+    sizes = [really_kept(model, B, torch.randn(B, 3, 160, 160), torch.rand(B, model.num_noise)) for B in (2, 4)]
+    assert cost.kept == pytest.approx((sizes[1] - sizes[0]) / 2 / 1e6, rel=0.02, abs=0.06)
+
+
+def test_a_plan_knows_what_does_not_go_backward(capsys):
+    """The teacher of LUT, which takes more than half of the forward, and a frozen encoder."""
+    cfg = lut.Config(model="vit_tiny", patch_size=8, img_size=(160, 160), precision="fp32", decoder_depth=1,
+                     decoder_width=32)
+    cost = planned(cfg, lut.LUT, capsys)
+    assert cost.flops < cost.step < 2 * cost.flops
+    cfg = finetune.Config(model="vit_tiny", patch_size=8, img_size=(160, 160), in_chans=3, precision="fp32",
+                          mode="linear", head_norm="batch")
+    cost = planned(cfg, lambda cfg: finetune.build_classifier(cfg, None, list("abcde")), capsys)
+    assert cost.step == cost.flops > 0

@@ -1,0 +1,96 @@
+"""transforms.py: crops, augmentation and normalisation, and constants that belong to no mode."""
+
+import types
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torchvision.transforms import v2
+
+import data
+from common import transforms
+
+
+def config(**options):
+    return types.SimpleNamespace(**{"img_size": (32, 32), "in_chans": 3, "crop_scale": (0.2, 1.0), "flip": 0.5,
+                                    **options})
+
+
+def test_evaluation_takes_the_centre_as_mae_does():
+    crop = transforms.CentreCrop((224, 224), v2.InterpolationMode.BICUBIC)
+    image = torch.randint(0, 256, (3, 300, 401), dtype=torch.uint8)
+    expected = v2.Compose([
+        v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])(image)
+    assert torch.equal(crop(image), expected)
+    assert crop(image.mT).shape == (3, 224, 224)
+    exact = image[:, :224, :224]
+    assert torch.equal(crop(exact), exact)
+    assert transforms.CentreCrop((384, 384), v2.InterpolationMode.BICUBIC).cover == [384, 384]
+    assert transforms.CentreCrop((96, 160), v2.InterpolationMode.BICUBIC)(image).shape == (3, 96, 160)
+
+
+def test_no_augmentation_leaves_the_image_alone():
+    dataset = data.Images(data.Shapes("val"), transforms.augmentation(
+        config(img_size=(64, 64), crop_scale=(1, 1), flip=0)), 0)
+    assert torch.equal(dataset[7, 3, 0][0], dataset.source.images[3])
+
+
+def test_random_erasing_paints_noise_of_the_right_spread():
+    erase = transforms.RandomErasing(1.0, scale=(0.3, 1 / 3), ratio=(1, 1), value="random")
+    image = torch.full((3, 64, 64), 77, dtype=torch.uint8)
+    torch.manual_seed(0)
+    erased = erase(image)
+    painted = transforms.normalize(erased)[:, (erased != 77).any(0)]
+    assert erased.dtype == torch.uint8 and 0.28 < (erased != 77).any(0).float().mean() < 0.35
+    assert painted.mean().abs() < 0.1 and 0.9 < painted.std() < 1.05
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_every_augmentation_at_once(in_chans):
+    options = config(in_chans=in_chans, img_size=(24, 40), shift=2, rand_augment=True, color_jitter=0.4,
+                     random_erasing=0.5)
+    transform = transforms.augmentation(options)
+    dataset = data.Images(data.open_source("shapes", "val", in_chans), transform, 0)
+    images = [dataset[epoch, 0, 0][0] for epoch in range(20)]
+    assert all(i.shape == (in_chans, 24, 40) and i.dtype == torch.uint8 for i in images)
+    assert len({i.numpy().tobytes() for i in images}) == 20
+    assert torch.equal(dataset[4, 0, 0][0], images[4])
+
+
+def test_rand_augment_needs_grey_or_rgb():
+    with pytest.raises(ValueError, match="--rand_augment"):
+        transforms.augmentation(config(in_chans=4, rand_augment=True))
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 7])
+def test_normalize_and_back(in_chans):
+    imgs = torch.randint(0, 256, (2, in_chans, 5, 4), dtype=torch.uint8)
+    x = transforms.normalize(imgs)
+    assert x.dtype == torch.float32 and torch.allclose(transforms.denormalize(x), imgs / 255, atol=1e-6)
+    assert in_chans != 3 or abs(x[0, 1, 2, 3].item() - (imgs[0, 1, 2, 3].item() / 255 - 0.456) / 0.224) < 1e-5
+    assert transforms.denormalize(x * 100).max() == 1 and transforms.denormalize(x * 100 - 1000).min() == 0
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 7])
+def test_no_mode_leaves_its_tensors_to_another(in_chans):
+    """After a plan, in which all tensors are fake, and after inference mode: plain tensors again."""
+    imgs = torch.randint(0, 256, (2, in_chans, 5, 4), dtype=torch.uint8)
+    with FakeTensorMode():
+        planned = transforms.normalize(torch.empty(2, in_chans, 5, 4))
+        assert isinstance(planned, FakeTensor) and isinstance(transforms.denormalize(planned), FakeTensor)
+    with torch.inference_mode():
+        transforms.normalize(imgs)
+    mean, std = transforms.mean_std(in_chans)
+    for tensor in (mean, std, transforms.normalize(imgs), transforms.denormalize(transforms.normalize(imgs))):
+        assert type(tensor) is torch.Tensor and not tensor.is_inference()
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 400_000), (3, 400_000, 1), (1, 2, 30_000)])
+@pytest.mark.parametrize("crop", ["simple", "centre"])
+def test_a_line_of_pixels_does_not_grow_beyond_memory(shape, crop):
+    image = torch.arange(shape[1] * shape[2], dtype=torch.int64).remainder(251).to(torch.uint8).view(1, *shape[1:])
+    image = image.expand(shape)
+    cover = transforms.cover(image, (224, 224), transforms.BILINEAR)
+    assert sorted(cover.shape[1:]) == [224, 64 * 224]
+    if crop == "centre":
+        assert transforms.CentreCrop((224, 224), transforms.BILINEAR)(image).shape == (shape[0], 224, 224)
