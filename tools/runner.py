@@ -80,6 +80,8 @@ def start(job):
 
 def call(job):
     """In a process of its own: run a job."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     output = open(job.out / "output.txt", "w", buffering=1)
     os.dup2(output.fileno(), 1)  # for what is not written through sys.stdout
     os.dup2(output.fileno(), 2)
@@ -98,7 +100,14 @@ def run(jobs, workers=CORES):
     yield from [job for job in jobs if job in ended]
     waiting = [job for job in jobs if job not in ended]
     running = {}  # {job: process}
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, as Ctrl-C does
+
+    # Signals are only noted: an exception between a fork and its entry in `running` would lose a process.
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while waiting or running:
             ready = [job for job in waiting if ended.issuperset(job.needs)]
@@ -106,7 +115,9 @@ def run(jobs, workers=CORES):
                 running[job] = start(job)
                 waiting.remove(job)
 
-            connection.wait([process.sentinel for process in running.values()])
+            connection.wait([process.sentinel for process in running.values()], timeout=1)
+            if caught:
+                raise SystemExit(128 + signal.SIGINT)
             for job in [job for job in running if running[job].exitcode is not None]:
                 if running.pop(job).exitcode:
                     last_lines = (job.out / "output.txt").read_text().splitlines()[-15:]
@@ -114,8 +125,6 @@ def run(jobs, workers=CORES):
                 (job.out / "ended.txt").write_text(job.command)
                 ended.add(job)
                 yield job
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         for process in running.values():
             process.terminate()  # the script saves, and ends
@@ -124,7 +133,8 @@ def run(jobs, workers=CORES):
             while process.is_alive():  # a signal in the first moments of a process may be lost
                 process.terminate()
                 process.join(1)
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------- Records
