@@ -35,4 +35,5 @@ diff:
 	@diff --side-by-side --suppress-common-lines --width 200 $(A).py $(B).py || true
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf runs .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -exec rm -rf {} +
