@@ -64,6 +64,7 @@ class Config(config.RunConfig):
     img_size: config.Size = (128, 128)  # height x width in pixels
     in_chans: int = 3  # image channels
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area that a crop covers; 1,1 for none
+    shift: int = 0  # largest random shift in pixels; the border is mirrored
     flip: float = 0.5  # probability of a horizontal flip
     epochs: float = 800.0  # passes over the images
     warmup_epochs: float = 20.0  # linear warm-up of the learning rate
@@ -79,7 +80,8 @@ class Config(config.RunConfig):
     def check(self):
         super().check()
         config.one_of(self, target="hog pixels norm_pixels")
-        config.in_range(self, mask_ratio="[0, 1)", teacher_weight="[0, inf)", mask_unit="[0, inf)")
+        config.in_range(self, mask_ratio="[0, 1)", teacher_weight="[0, inf)", mask_unit="[0, inf)",
+                        shift="[0, inf)")
 
 
 # ---------------------------------------- Histograms of oriented gradients
@@ -200,7 +202,9 @@ class FastMIM(nn.Module):
         pred = self.decode(latent)
         loss = self.loss(pred, self.target(imgs), mask)
         if self.teacher:
-            loss = loss + self.cfg.teacher_weight * self.distil(latent, imgs)
+            distance = self.distil(latent, imgs)
+            self.terms = {"target_loss": loss.detach(), "distillation_loss": distance.detach()}
+            loss = loss + self.cfg.teacher_weight * distance
         return loss
 
     def mask(self, noise):

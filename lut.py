@@ -21,6 +21,7 @@ is (B, N + 2).
                 --data /data/imagenet --out runs/lut_vit_b                            (not measured)
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ class Config(config.RunConfig):
     decoder_depth: int = 8  # blocks
     decoder_width: int = 512  # channels
     decoder_heads: int = 16  # attention heads
-    context_weight: float = 0.25  # of the context loss; 0 and --one_directional: MAE on LUT's crops
+    context_weight: float = 0.25  # of the context loss; 0: MAE on LUT's crops, without a teacher
     pixel_weight: float = 1.0  # of MAE's loss beside it; 0 for the context loss alone
     one_directional: bool = False  # the student sees view 1 alone and the teacher view 2: cheaper
     steering: str = "unmasked"  # what the context loss acts on: unmasked, masked (ours), both
@@ -91,7 +92,8 @@ class Config(config.RunConfig):
         if self.context == "cls" and self.steering != "unmasked":
             raise ValueError("--context cls is no token that --steering "
                              f"{self.steering} could act on")
-        if min(self.micro_batch, self.batch_size) < 2 or not self.drop_last:
+        too_few = min(self.micro_batch, self.batch_size) < 2 or not self.drop_last
+        if self.context_weight and too_few:
             raise ValueError("BatchNorm needs two images at once, and as many on every process: "
                              "--micro_batch 2 or more, and no --drop_last false")
         if min(self.view_jitter) < 0 or max(self.view_jitter) > 1 or self.view_jitter[3] > 0.5:
@@ -224,7 +226,6 @@ class LUT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.encoder = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
-        teacher = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
         if self.encoder.num_prefix == 0:
             raise ValueError(f"{cfg.model} cannot encode a set of patches, as a ViT can; "
                              "um_mae.py is for pyramids")
@@ -236,7 +237,7 @@ class LUT(nn.Module):
         self.N_taught = self.count_kept(cfg.target_mask_ratio)
         # DIFF: LUT's text has one masked view and the other in full, as --one_directional; here as
         # in its code, both.
-        self.num_views = 1 if cfg.one_directional else 2  # V
+        self.num_views = 1 if cfg.one_directional or not cfg.context_weight else 2  # V
         self.num_noise = self.num_patches + 2  # for the masks, and for what is done to view 2
         self.input_shape = (2, cfg.in_chans, *cfg.img_size)
 
@@ -245,13 +246,14 @@ class LUT(nn.Module):
                                       cfg.decoder_heads)
         self.encoder.checkpointing = self.decoder.checkpointing = cfg.activation_checkpointing
         self.mask_token = nn.Parameter(torch.randn(1, 1, cfg.decoder_width) * 0.02)
-        self.lift = nn.Linear(cfg.decoder_width, D) if cfg.steering != "unmasked" else None
-        self.projector = mlp_head(D, cfg.head_width)
-        self.predictor = mlp_head(D, cfg.head_width)
-        self.teacher = nn.ModuleDict(
-            {"encoder": teacher, "projector": mlp_head(D, cfg.head_width)})
-        self.teacher.requires_grad_(False).eval()
-        self.update_ema(0.0)  # makes it a copy of the student
+        self.teacher = self.lift = None
+        if cfg.context_weight:
+            if cfg.steering != "unmasked":
+                self.lift = nn.Linear(cfg.decoder_width, D)
+            self.projector = mlp_head(D, cfg.head_width)
+            self.predictor = mlp_head(D, cfg.head_width)
+            teacher = {"encoder": self.encoder, "projector": self.projector}
+            self.teacher = copy.deepcopy(nn.ModuleDict(teacher)).requires_grad_(False).eval()
 
     def count_kept(self, ratio):
         return max(1, math.floor(self.num_patches * (1 - ratio) + 1e-9))  # 100 * (1 - 0.9): 9.999
@@ -262,9 +264,6 @@ class LUT(nn.Module):
         noise, view_noise = noise[:, : self.num_patches], noise[:, self.num_patches :]
         views = self.augment(imgs, view_noise)  # (2, B, C, H, W)
         student_imgs = views[:V].flatten(0, 1)  # (V*B, C, H, W)
-        teacher_imgs = views.flip(0)[:V].flatten(0, 1)  # (V*B, C, H, W), the other view of each
-        taught = self.teach(teacher_imgs, noise)  # (V*B, 1 + N, D)
-
         ids_keep, ids_restore, mask = self.mask(noise)
         latent = self.encode(student_imgs, ids_keep)  # (V*B, 1 + N_keep, D)
         # Only view 1 is predicted; the context loss may need the decoder's tokens of both.
@@ -273,8 +272,15 @@ class LUT(nn.Module):
         pred = self.decoder.pred(decoded[:B])  # (B, N, p*p*C)
 
         pixel_loss = self.loss(pred, self.target(views[0]), mask[:B])
-        context_loss = self.context(latent, decoded, ids_restore, taught)
-        return self.cfg.pixel_weight * pixel_loss + self.cfg.context_weight * context_loss
+        loss = self.cfg.pixel_weight * pixel_loss
+        self.terms = {"pixel_loss": pixel_loss.detach()}  # for the log
+        if self.cfg.context_weight:
+            teacher_imgs = views.flip(0)[:V].flatten(0, 1)  # (V*B, C, H, W), each one's other view
+            taught = self.teach(teacher_imgs, noise)  # (V*B, 1 + N, D)
+            context_loss = self.context(latent, decoded, ids_restore, taught)
+            loss = loss + self.cfg.context_weight * context_loss
+            self.terms["context_loss"] = context_loss.detach()
+        return loss
 
     def augment(self, imgs, noise):
         """Pairs (B, 2, C, H, W) and noise (B, 2) -> both views, view 2 as the networks see it:
@@ -346,8 +352,18 @@ class LUT(nn.Module):
 
     def context(self, latent, decoded, ids_restore, taught):
         """LUT's loss: how far the student's vectors of a view are from the teacher's of the other,
-        fp32. Tokens are compared place by place on the grid, wherever crops and flips put these in
-        the picture."""
+        fp32."""
+        loss = 0.0
+        for student, teacher in self.pairs(latent, decoded, ids_restore, taught):
+            student = self.predictor(self.projector(student))  # (n, D)
+            teacher = self.teacher["projector"](teacher)  # (n, D)
+            loss = loss + self.distance(student, teacher)
+        return loss / self.num_views
+
+    def pairs(self, latent, decoded, ids_restore, taught):
+        """What is compared, view by view because BatchNorm is to see one at a time: [(the student's
+        vectors (n, D), the teacher's (n, D))]. Tokens go by their place on the grid, wherever crops
+        and flips put these in the picture."""
         # The student's tokens and their places, visible ones first
         tokens = latent[:, 1:]  # (V*B, N_keep, D)
         ids_shuffle = ids_restore.argsort(dim=1)  # (V*B, N)
@@ -359,7 +375,7 @@ class LUT(nn.Module):
         part = parts[self.cfg.steering]
         tokens, ids = tokens[:, part], ids_shuffle[:, part]  # (V*B, T, D), (V*B, T)
 
-        loss = 0.0
+        pairs = []
         for name in self.cfg.context.split("+"):
             if name == "cls":
                 student, teacher = latent[:, :1], taught[:, :1]  # each (V*B, 1, D)
@@ -369,13 +385,10 @@ class LUT(nn.Module):
             else:
                 student, teacher = tokens, layers.gather(taught[:, 1:], ids)  # each (V*B, T, D)
 
-            # View by view: BatchNorm sees one of them at a time.
-            pairs = zip(student.chunk(self.num_views), teacher.chunk(self.num_views), strict=True)
-            for student, teacher in pairs:  # each (B, T, D)
-                student = self.predictor(self.projector(student.flatten(0, 1)))  # (B*T, D)
-                teacher = self.teacher["projector"](teacher.flatten(0, 1))  # (B*T, D)
-                loss = loss + self.distance(student, teacher)
-        return loss / self.num_views
+            students, teachers = student.chunk(self.num_views), teacher.chunk(self.num_views)
+            for student, teacher in zip(students, teachers, strict=True):  # each (B, T, D)
+                pairs.append((student.flatten(0, 1), teacher.flatten(0, 1)))  # each (B*T, D)
+        return pairs
 
     def distance(self, student, teacher):
         """Of n vectors (n, D) from the teacher's, on average, fp32."""
@@ -395,27 +408,38 @@ class LUT(nn.Module):
     def update_ema(self, decay):
         """teacher = decay * teacher + (1 - decay) * student, BatchNorm's running averages included
         (released code)."""
-        optim.update_ema(self.teacher, self, decay)
+        if self.teacher:
+            optim.update_ema(self.teacher, self, decay)
 
     def train(self, mode=True):
         """The teacher stays in eval mode: its BatchNorm has averages of its own, which lag by some
         1 / (1 - ema_decay) steps."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher:
+            self.teacher.eval()
         return self
 
 
 @torch.no_grad()
 def prepare(model, imgs, noise):
-    """Before the first step: MAE's loss of two trivial predictors of view 1 (zero, and each patch's
-    own mean colour), which first losses are read against."""
-    view = imgs[:, 0]  # (B, C, H, W)
-    mask = model.mask(noise[:, : model.num_patches])[2][: len(imgs)]  # (B, N), of view 1
+    """Before the first step: the losses of trivial predictors, which first losses are read against:
+    for the hidden pixels of view 1, zero, and each patch's own mean colour; for the context, one
+    vector, the mean of the teacher's, whatever the image."""
+    view, noise = imgs[:, 0], noise[:, : model.num_patches]  # (B, C, H, W), (B, N)
+    mask = model.mask(noise)[2][: len(imgs)]  # (B, N), of view 1
     target = model.target(view)
     patches = layers.patchify(view, model.patch_size)  # (B, N, p*p*C)
     flat = model.normalise(layers.mean_colours(patches, model.cfg.in_chans), view)
-    guesses = {"zero": torch.zeros_like(target), "patch mean": flat}
-    return {name: round(model.loss(pred, target, mask).item(), 4) for name, pred in guesses.items()}
+    guesses = {"pixels: zero": torch.zeros_like(target), "pixels: patch mean": flat}
+    losses = {name: model.loss(pred, target, mask) for name, pred in guesses.items()}
+
+    if model.teacher:
+        views = imgs.transpose(0, 1)[: model.num_views].flatten(0, 1)  # (V*B, C, H, W)
+        pooled = model.teach(views, noise)[:, 1:].mean(dim=1)  # (V*B, D)
+        vectors = model.teacher["projector"](pooled)  # (V*B, D)
+        mean = F.normalize(vectors, dim=1).mean(dim=0)  # (D,)
+        losses["context: one vector"] = model.distance(mean.expand_as(vectors), vectors)
+    return {name: round(loss.item(), 4) for name, loss in losses.items()}
 
 
 @torch.no_grad()

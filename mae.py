@@ -45,6 +45,7 @@ class Config(config.RunConfig):
     img_size: config.Size = (224, 224)  # height x width in pixels
     in_chans: int = 3  # image channels
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area that a crop covers; 1,1 for none
+    shift: int = 0  # largest random shift in pixels; the border is mirrored
     flip: float = 0.5  # probability of a horizontal flip
     epochs: float = 1600.0  # passes over the images; ablations in the paper take 800
     warmup_epochs: float = 40.0  # linear warm-up of the learning rate
@@ -60,7 +61,7 @@ class Config(config.RunConfig):
     def check(self):
         super().check()
         config.one_of(self, mask="random block grid", target="pixels norm_pixels pca")
-        config.in_range(self, mask_ratio="[0, 1)")
+        config.in_range(self, mask_ratio="[0, 1)", shift="[0, inf)")
         pixels = (self.patch_size or 16) ** 2 * self.in_chans
         if self.target == "pca" and not 0 < self.pca_dim <= pixels:
             raise ValueError(f"--pca_dim must lie in 1..{pixels}, not {self.pca_dim}")

@@ -51,6 +51,7 @@ class Config(config.RunConfig):
     in_chans: int = 3  # image channels
     crop_scale: tuple[float, float] = (0.67, 1.0)  # area that a crop covers; 1,1 for none
     interpolation: str = "bilinear"  # of crops
+    shift: int = 0  # largest random shift in pixels; the border is mirrored
     flip: float = 0.5  # probability of a horizontal flip
     epochs: float = 800.0  # passes over the images
     warmup_epochs: float = 10.0  # linear warm-up of the learning rate
@@ -68,7 +69,7 @@ class Config(config.RunConfig):
         super().check()
         config.one_of(self, target="pixels window_pixels", interpolation="bilinear bicubic nearest")
         config.in_range(self, mask_ratio="[0, 1)", drop_path="[0, 1)", layer_scale="[0, inf)")
-        config.in_range(self, mask_unit="[1, inf)")
+        config.in_range(self, mask_unit="[1, inf)", shift="[0, inf)")
 
 
 # ---------------------------------------- Model

@@ -52,6 +52,7 @@ class Config(config.RunConfig):
     img_size: config.Size = (256, 256)  # height x width in pixels
     in_chans: int = 3  # image channels
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area that a crop covers; 1,1 for none
+    shift: int = 0  # largest random shift in pixels; the border is mirrored
     flip: float = 0.5  # probability of a horizontal flip
     epochs: float = 200.0  # passes over the images
     warmup_epochs: float = 10.0  # linear warm-up of the learning rate
@@ -67,7 +68,8 @@ class Config(config.RunConfig):
     def check(self):
         super().check()
         config.one_of(self, sampling="uniform grid random", target="pixels norm_pixels")
-        config.in_range(self, secondary_ratio="[0, 1)", unit="[1, inf)", window="[1, inf)")
+        config.in_range(self, secondary_ratio="[0, 1)", unit="[1, inf)", window="[1, inf)",
+                        shift="[0, inf)")
         if self.model.startswith(("pvtv2", "torchvision:")):
             raise ValueError(f"--model {self.model} looks across the borders of units, which are "
                              "no neighbours in a compact image; UM-MAE takes a ViT, swin_*, pvt_*")

@@ -5,6 +5,7 @@ no-op on one GPU (no_sync), or runs once before or after the loop (set-up), or o
 """
 
 import atexit
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -56,6 +57,7 @@ class Run:
         self.caught_signal, self.stop_requested = 0, False  # by this process, by any process
         self.previous_handlers, self.bar, self.batches = {}, None, None
         self.logged_step, self.images, self.loss_sum, self.data_wait = 0, 0, 0.0, 0.0  # since the last line of the log
+        self.term_sums = collections.Counter()  # of the parts of a loss that has several
         self.begin_time = self.log_time = self.save_time = time.monotonic()
 
         if self.world_size > 1 and not cfg.plan:
@@ -97,6 +99,7 @@ class Run:
         self.bar = tqdm(total=self.last_step, initial=self.start_step, disable=None if self.is_main else True,
                         dynamic_ncols=True, unit="step")
         self.begin_time = self.log_time = self.save_time = time.monotonic()
+        self.model = model
         return self.start_step
 
     def restore(self, saved, model, optimizer):
@@ -218,16 +221,20 @@ class Run:
         self.steps_done = step + 1
         self.images += batch_size
         self.loss_sum += loss
+        for name, term in getattr(self.model, "terms", {}).items():  # of this process's last micro-batch
+            self.term_sums[name] += term
         self.bar.update()
         if not self.is_main or (self.steps_done % self.cfg.log_every and self.steps_done < self.last_step):
             return
 
         now = time.monotonic()
         images_per_s, waiting = self.images / (now - self.log_time), self.data_wait / (now - self.log_time)
-        mean_loss = self.loss_sum / (self.steps_done - self.logged_step)
+        num_steps = self.steps_done - self.logged_step
+        mean_loss = self.loss_sum / num_steps
+        terms = {name: float(total) / num_steps for name, total in self.term_sums.items()}
         self.note(step=self.steps_done, epoch=round(self.steps_done / self.steps_per_epoch, 4), loss=mean_loss, lr=lr,
                   grad_norm=grad_norm if math.isfinite(grad_norm) else None,
-                  images_per_s=round(images_per_s, 1), data_wait=round(waiting, 3))
+                  images_per_s=round(images_per_s, 1), data_wait=round(waiting, 3), **terms)
         rate, wait = f"{images_per_s:.0f}", f"{waiting:.0%}"
         self.bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{lr:.1e}", images_s=rate, wait=wait)
         if self.bar.disable:  # not a terminal
@@ -239,6 +246,7 @@ class Run:
             config.fail("fp16: the gradients overflow at a loss scale below 1; use --precision bf16 or fp32")
         self.logged_step, self.images, self.loss_sum, self.data_wait = self.steps_done, 0, 0.0, 0.0
         self.log_time = now
+        self.term_sums.clear()
 
     def note(self, **line):
         """Append a line to log.jsonl."""

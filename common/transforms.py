@@ -90,7 +90,7 @@ def augmentation(cfg):
     if cfg.crop == "simple":
         steps = [functools.partial(cover, size=size, interpolation=interpolation)]
     elif tuple(cfg.crop_scale) == (1, 1):
-        steps = [v2.Resize(size, interpolation)]  # returns what has the right size already
+        steps = [CentreCrop(size, interpolation)]  # what evaluation sees
     else:
         steps = [v2.RandomResizedCrop(size, tuple(cfg.crop_scale), tuple(cfg.crop_ratio), interpolation)]
 

@@ -4,10 +4,17 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.transforms import v2
 
 import data
+import fastmim
+import finetune
+import lut
+import mae
+import simmim
+import um_mae
 from common import transforms
 
 
@@ -94,3 +101,31 @@ def test_a_line_of_pixels_does_not_grow_beyond_memory(shape, crop):
     assert sorted(cover.shape[1:]) == [224, 64 * 224]
     if crop == "centre":
         assert transforms.CentreCrop((224, 224), transforms.BILINEAR)(image).shape == (shape[0], 224, 224)
+
+
+def test_without_a_crop_training_sees_what_evaluation_sees():
+    """An image of other proportions is cut, not squashed: a square in it stays a square."""
+    image = torch.zeros(3, 64, 128, dtype=torch.uint8)
+    image[:, 22:42, 54:74] = 255
+    options = config(img_size=(56, 56), crop_scale=(1.0, 1.0), flip=0)
+    found = transforms.augmentation(options)(image)
+    assert torch.equal(found, transforms.CentreCrop((56, 56), v2.InterpolationMode.BICUBIC)(image))
+    bright = found[0] > 127
+    assert bright.any(dim=0).sum() == bright.any(dim=1).sum() == 20
+
+
+@pytest.mark.parametrize("method", [mae, simmim, um_mae, fastmim, lut, finetune])
+def test_every_script_shifts_images(method):
+    """By up to so many pixels both ways; what comes in is the mirrored border."""
+    changes = {"crop": "simple"} if method is lut else {"crop_scale": (1.0, 1.0)}
+    cfg = method.Config(img_size=(8, 8), in_chans=1, flip=0.0, shift=2, **changes)
+    cfg.rand_augment = cfg.random_erasing = False
+    shift = transforms.augmentation(cfg)
+    image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8)
+    padded = F.pad(image.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
+    windows = padded.unfold(1, 8, 1).unfold(2, 8, 1).flatten(0, 2)  # (25, 8, 8)
+    places = {int((windows == shift(image)).all(dim=(1, 2)).nonzero()) for _ in range(400)}
+    assert places == set(range(25))
+    cfg = method.Config(data="shapes", model="vit_tiny", patch_size=8, img_size=(64, 64), shift=-1)
+    with pytest.raises(ValueError, match="--shift"):
+        cfg.check()
