@@ -58,6 +58,7 @@ class Config(config.RunConfig):
     pool: str = "auto"  # mean of patch tokens, cls (class token); auto as in --init, or mean
     head_norm: str = "auto"  # layer, batch (no affine), none; auto: see choose_head
     head_start: str = "random"  # random, probe: logistic regression on frozen features
+    head_l2: float = 1e-2  # weight of its squared norm (ours); 0: chosen by cross-validation
     neighbours: int = 20  # of an image, which vote in knn
     ema: float = 0.0  # decay of a moving average of the weights, which then counts; 0 for none
     eval: bool = False  # evaluate the classifier in --init and stop
@@ -101,6 +102,7 @@ class Config(config.RunConfig):
         config.in_range(self, smoothing="[0, 1]", random_erasing="[0, 1]", layer_decay="[0, 1]")
         config.in_range(self, drop_path="[0, 1)", ema="[0, 1)", neighbours="[1, inf)")
         config.in_range(self, labels="[0, inf)", shift="[0, inf)", eval_epochs="[0, inf)")
+        config.in_range(self, head_l2="[0, inf)")
         if self.mode == "linear" and (self.mixup or self.cutmix):
             raise ValueError("--mixup and --cutmix are of --mode finetune, and must be 0 in linear")
         if self.eval and self.mode == "knn":
@@ -287,26 +289,49 @@ def freeze(encoder, train_blocks):
                          f"{encoder.arch['model']} have no MLP half")
 
 
-def start_head(model, features, labels):
+def start_head(model, features, labels, l2):
     """Put L2-regularised logistic regression on normalised features (n, D), labels (n,), into the
     head, so that fine-tuning does not begin by bending the encoder to a random one (Kumar et al.,
-    2022)."""
+    2022). With an l2 of 0, cross-validation chooses it."""
     if isinstance(model.fc_norm, nn.BatchNorm1d):
         model.fc_norm.running_mean.copy_(features.mean(dim=0))
         model.fc_norm.running_var.copy_(features.var(dim=0, unbiased=False))
     with torch.no_grad():
-        inputs = model.fc_norm.eval()(features)
-    solver = torch.optim.LBFGS(model.head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+        inputs = model.fc_norm.eval()(features)  # (n, D)
+    if l2 == 0:
+        l2 = choose_l2(model.head, inputs, labels)
+        config.print_once(f"{'L2 of the head':>26}: {l2:g}, by cross-validation")
+    fit_head(model.head, inputs, labels, l2)
+
+
+def fit_head(head, inputs, labels, l2):
+    """Logistic regression of inputs (n, D) on labels (n,): the head that makes cross-entropy plus
+    l2 times its squared weights least."""
+    solver = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         solver.zero_grad()
-        penalty = 1e-2 * model.head.weight.square().sum()  # 1e-2: ours
-        loss = F.cross_entropy(model.head(inputs), labels) + penalty
+        loss = F.cross_entropy(head(inputs), labels) + l2 * head.weight.square().sum()
         loss.backward()
         return loss
 
     solver.step(closure)
-    model.head.zero_grad(set_to_none=True)
+    head.zero_grad(set_to_none=True)
+
+
+def choose_l2(head, inputs, labels):
+    """The L2 with which most images are right when the other four fifths have taught the head."""
+    fold = torch.arange(len(labels), device=labels.device) % 5  # (n,)
+    hits = {}
+    for l2 in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+        hits[l2] = 0
+        for k in range(5):
+            is_held_out = fold == k
+            trial = copy.deepcopy(head)
+            fit_head(trial, inputs[~is_held_out], labels[~is_held_out], l2)
+            guesses = trial(inputs[is_held_out]).argmax(dim=1)
+            hits[l2] += int((guesses == labels[is_held_out]).sum())
+    return max(hits, key=hits.get)
 
 
 def mix(imgs, targets, cfg, seed):
@@ -419,7 +444,8 @@ def main(argv=None):
         start_step = run.begin(model, optimizer, schedule, sampler, images=len(dataset))
     if cfg.head_start == "probe" and start_step == 0:
         plain = data.evaluation(data.labelled_set(cfg, "train", augment=False), cfg, run)
-        start_head(model, *neighbours.extract(run, model.encoder, plain, model.pool))
+        features, labels = neighbours.extract(run, model.encoder, plain, model.pool)
+        start_head(model, features, labels, cfg.head_l2)
         if cfg.ema:  # the average begins where the head does
             optim.update_ema(model.average, model, 0.0)
     keeps_features = cfg.mode == "linear" and transforms.always_alike(cfg)

@@ -216,7 +216,7 @@ def test_the_probe_is_the_minimum_of_its_objective():
     labels = torch.randint(0, 3, (300,), generator=draw)
     features = torch.randn(3, 96, generator=draw)[labels] * 3 + torch.randn(300, 96, generator=draw) * 0.5 + 7
     model = finetune.build_classifier(config(head_start="probe"), None, list("abc"))
-    finetune.start_head(model, features, labels)
+    finetune.start_head(model, features, labels, 1e-2)
     assert isinstance(model.fc_norm, nn.BatchNorm1d)
     inputs = model.fc_norm.eval()(features)
     torch.testing.assert_close(inputs.mean(dim=0), torch.zeros(96), rtol=0, atol=1e-4)
@@ -225,6 +225,30 @@ def test_the_probe_is_the_minimum_of_its_objective():
     assert (logits.argmax(dim=1) == labels).all() and model.head.weight.grad is None
     (F.cross_entropy(logits, labels) + 1e-2 * model.head.weight.square().sum()).backward()
     assert model.head.weight.grad.norm() < 1e-3 and model.head.bias.grad.norm() < 1e-3
+
+
+def test_cross_validation_chooses_the_l2_of_the_probe(capsys):
+    """By images that did not teach the head; folds are every fifth image. Of equally good ones, the smallest."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) // 50
+    signal = F.one_hot(labels, 96).float()
+    head, chosen = nn.Linear(96, 2), []
+    for noise in (0.5, 0.01):
+        inputs = signal + noise * torch.randn(100, 96, generator=draw)
+        chosen.append(finetune.choose_l2(head, inputs, labels))
+        right = {}
+        for l2 in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):  # by hand: leave out image 0, 5, 10, ..., then 1, 6, 11, ...
+            right[l2] = 0
+            for first in range(5):
+                rest = [i for i in range(100) if i % 5 != first]
+                trial = nn.Linear(96, 2)
+                finetune.fit_head(trial, inputs[rest], labels[rest], l2)
+                right[l2] += (trial(inputs[first::5]).argmax(dim=1) == labels[first::5]).sum().item()
+        assert right[chosen[-1]] == max(right.values())
+    assert chosen[0] > chosen[1] == 1e-5
+    model = finetune.build_classifier(config(head_start="probe"), None, list("ab"))
+    finetune.start_head(model, inputs, labels, 0)
+    assert "by cross-validation" in capsys.readouterr().out
 
 
 def test_a_probed_run_starts_where_the_probe_ends(tuned, pretrained, call, tmp_path):
