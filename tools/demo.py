@@ -30,11 +30,11 @@ def slug(name):
     return name.replace(",", "").replace(" ", "_")
 
 
-def tuning(command, encoder, *words, out, seed, again="--resume"):
-    """The job that trains with labels and measures on test images: from the encoder of another job, or, with None, from
-    random weights."""
+def tuning(command, encoder, *words, out, seed, split="test", again="--resume"):
+    """The job that trains with labels and measures on images of `split`: from the encoder of another job, or, with
+    None, from random weights."""
     start = ["--init", encoder.out / "encoder.pt"] if encoder else SCRATCH.split()
-    words = [*start, *words, "--split", "test", "--seed", seed]
+    words = [*start, *words, "--split", split, "--seed", seed]
     return runner.training(command, *words, out=out, needs=[encoder] if encoder else [], again=again)
 
 

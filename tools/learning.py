@@ -1,0 +1,106 @@
+"""What pre-training is worth for every method and backbone: the runs behind three tables of tools/tables.py.
+
+    sweep    which learning rates? by validation images, one seed
+    learns   pre-trained against random weights, at the rates that the sweep chose, on test images
+
+All arms of a row are the same network. "Scratch" starts from the very weights that pre-training started from.
+"""
+
+from tools import runner
+from tools.demo import BUDGET, FINETUNE, TITLE, log_of, slug, tuning
+
+METHODS = {  # row of a table: command of its pre-training
+    "MAE ViT": "mae.py --config configs/tiny.yaml",
+    "SimMIM ViT": "simmim.py --config configs/simmim_tiny.yaml --model vit_tiny --patch_size 8",
+    "SimMIM Swin": "simmim.py --config configs/simmim_tiny.yaml",
+    "UM-MAE ViT": "um_mae.py --config configs/um_mae_tiny.yaml --model vit_tiny --patch_size 8",
+    "UM-MAE Swin": "um_mae.py --config configs/um_mae_tiny.yaml",
+    "UM-MAE PVT": "um_mae.py --config configs/um_mae_tiny.yaml --model pvt_tiny",
+    "FastMIM ViT": "fastmim.py --config configs/fastmim_tiny.yaml",
+    "FastMIM Swin": "fastmim.py --config configs/fastmim_tiny.yaml --model swin_tiny --patch_size 0 --mask_unit 8",
+    "FastMIM PVTv2": "fastmim.py --config configs/fastmim_tiny.yaml --model pvtv2_tiny --patch_size 0 --mask_unit 8",
+    "FastMIM ResNet-18":
+        "fastmim.py --config configs/fastmim_tiny.yaml --model torchvision:resnet18 --patch_size 0 --mask_unit 8",
+    "LUT ViT": "lut.py --config configs/lut_tiny.yaml",
+    "LUT ViT without context": "lut.py --config configs/lut_tiny.yaml --context_weight 0"}
+TRIED = {  # further rows of the sweep
+    "MAE ViT, normalised pixels": METHODS["MAE ViT"] + " --target norm_pixels",
+    "LUT ViT, context weight 0.05": METHODS["LUT ViT"] + " --context_weight 0.05",
+    "LUT ViT, plain views": METHODS["LUT ViT"] + " --three_augment false --view_jitter 0,0,0,0",
+    "LUT ViT, one-directional": METHODS["LUT ViT"] + " --one_directional true"}
+SAME_NETWORK = {  # row: an earlier row whose random weights are the same, so that scratch is measured once
+    **dict.fromkeys(["UM-MAE ViT", "FastMIM ViT", "LUT ViT", "LUT ViT without context", *TRIED], "MAE ViT"),
+    "FastMIM Swin": "SimMIM Swin"}
+
+RATES = (5e-4, 1e-3, 2e-3)  # of pre-training
+TUNING_RATES = (1e-3, 2e-3, 4e-3)  # of fine-tuning
+SCRATCH = {"scratch": 1, "scratch, 4x budget": 4}  # arm: times the budget
+TUNED = {}  # row: {arm: learning rate of fine-tuning}, where it is not that of configs/finetune_tiny.yaml
+VALIDATION = "top-1, per cent of 2,000 validation images, 500 labels"
+
+
+def pretraining(folder, name, seed, *more):
+    return runner.training({**METHODS, **TRIED}[name], "--seed", seed, "--picture_epochs", 2, *more, out=folder)
+
+
+def random_weights(folder, name, seed):
+    """The job that leaves the weights that pre-training starts from: the learning rate of its only step is 0."""
+    row = SAME_NETWORK.get(name, name)
+    return pretraining(folder / slug(row) / f"seed{seed}" / "scratch", row, seed, "--max_steps", 1)
+
+
+def sweep(args):
+    """The learning rates of every method and backbone, x2 apart: of pre-training, and of fine-tuning each arm."""
+    cells = []
+    for seed in args.seeds:
+        for name in args.methods:
+            folder = args.out / slug(name) / f"seed{seed}"
+            arms = {arm: (random_weights(args.out, name, seed), times) for arm, times in SCRATCH.items()}
+            for rate in RATES:
+                encoder = pretraining(folder / f"{rate:g}", name, seed, "--base_lr", rate)
+                arms[f"pre-training {rate:g}"] = encoder, 1
+            for arm, (encoder, times) in arms.items():
+                for rate in TUNING_RATES:
+                    words = ["--labels", 500, "--epochs", times * BUDGET[500], "--base_lr", rate]
+                    out = encoder.out / slug(f"x{times} {rate:g}")
+                    job = tuning(FINETUNE, encoder, *words, out=out, seed=seed, split="val")
+                    cells.append(runner.Cell(f"{name}: {VALIDATION}", arm, f"fine-tuning {rate:g}", seed, job))
+    return cells
+
+
+# ---------------------------------------- Does it learn?
+
+TESTS = {  # name: options of fine-tuning, arms
+    "200 labels": (["--labels", 200, "--epochs", BUDGET[200]], ["pre-trained", "scratch", "scratch, 4x budget"]),
+    "500 labels": (["--labels", 500, "--epochs", BUDGET[500]], ["pre-trained", "scratch", "scratch, 4x budget"]),
+    # The head starts as the logistic regression on frozen features, and the only step has a learning rate of 0.
+    "linear, 500 labels": (["--labels", 500, "--epochs", BUDGET[500], "--mode", "linear", "--max_steps", 1,
+                            "--head_l2", 0], ["pre-trained", "scratch"])}
+
+
+def learns(args):
+    """Every method and backbone against the same network from random weights: the same labels, the same budget."""
+    cells = []
+    for seed in args.seeds:
+        for name in args.methods:
+            pretrained = pretraining(args.out / slug(name) / f"seed{seed}" / "pre-trained", name, seed)
+            scratch = random_weights(args.out, name, seed)
+            for test, (words, arms) in TESTS.items():
+                for arm in arms:
+                    encoder = pretrained if arm == "pre-trained" else scratch
+                    longer = ["--epochs", 4 * BUDGET[int(test[:3])]] if "4x" in arm else []
+                    rate = ["--base_lr", TUNED[name][arm]] if arm in TUNED.get(name, {}) else []
+                    out = encoder.out / slug(f"{test} {arm}")
+                    job = tuning(FINETUNE, encoder, *words, *longer, *rate, out=out, seed=seed)
+                    cells.append(runner.Cell(TITLE, name, f"{test}: {arm}", seed, job))
+    return cells
+
+
+def ends_of_logs(args):
+    """{row: {seed: first and last line of the log of its pre-training}}."""
+    ends = {}
+    for name in args.methods:
+        folder = args.out / slug(name)
+        logs = {seed: log_of(folder / f"seed{seed}" / "pre-trained") for seed in args.seeds}
+        ends[name] = {seed: [lines[0], lines[-1]] for seed, lines in logs.items()}
+    return ends
