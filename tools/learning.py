@@ -21,32 +21,33 @@ METHODS = {  # row of a table: command of its pre-training
     "FastMIM PVTv2": "fastmim.py --config configs/fastmim_tiny.yaml --model pvtv2_tiny --patch_size 0 --mask_unit 8",
     "FastMIM ResNet-18":
         "fastmim.py --config configs/fastmim_tiny.yaml --model torchvision:resnet18 --patch_size 0 --mask_unit 8",
-    "LUT ViT": "lut.py --config configs/lut_tiny.yaml",
-    "LUT ViT without context": "lut.py --config configs/lut_tiny.yaml --context_weight 0"}
-TRIED = {  # further rows of the sweep
+    "LUT ViT": "lut.py --config configs/lut_tiny.yaml"}  # without its context loss, it is MAE on these images
+TRIED = {  # further rows of the sweep, at the rate of their recipes
     "MAE ViT, normalised pixels": METHODS["MAE ViT"] + " --target norm_pixels",
     "LUT ViT, context weight 0.05": METHODS["LUT ViT"] + " --context_weight 0.05",
     "LUT ViT, plain views": METHODS["LUT ViT"] + " --three_augment false --view_jitter 0,0,0,0",
     "LUT ViT, one-directional": METHODS["LUT ViT"] + " --one_directional true"}
 SAME_NETWORK = {  # row: an earlier row whose random weights are the same, so that scratch is measured once
-    **dict.fromkeys(["UM-MAE ViT", "FastMIM ViT", "LUT ViT", "LUT ViT without context", *TRIED], "MAE ViT"),
+    **dict.fromkeys(["UM-MAE ViT", "FastMIM ViT", "LUT ViT", *TRIED], "MAE ViT"),
     "FastMIM Swin": "SimMIM Swin"}
 
 RATES = (5e-4, 1e-3, 2e-3)  # of pre-training
-TUNING_RATES = (1e-3, 2e-3, 4e-3)  # of fine-tuning
+TUNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning
 SCRATCH = {"scratch": 1, "scratch, 4x budget": 4}  # arm: times the budget
+PRETRAINED = dict.fromkeys(METHODS, 1e-3)  # row: learning rate of pre-training
 TUNED = {}  # row: {arm: learning rate of fine-tuning}, where it is not that of configs/finetune_tiny.yaml
 VALIDATION = "top-1, per cent of 2,000 validation images, 500 labels"
 
 
 def pretraining(folder, name, seed, *more):
-    return runner.training({**METHODS, **TRIED}[name], "--seed", seed, "--picture_epochs", 2, *more, out=folder)
+    """The job of a row, at the learning rate of its recipe."""
+    out = folder / slug(" ".join([name, *map(str, more)])) / f"seed{seed}"
+    return runner.training({**METHODS, **TRIED}[name], "--seed", seed, "--picture_epochs", 2, *more, out=out)
 
 
 def random_weights(folder, name, seed):
     """The job that leaves the weights that pre-training starts from: the learning rate of its only step is 0."""
-    row = SAME_NETWORK.get(name, name)
-    return pretraining(folder / slug(row) / f"seed{seed}" / "scratch", row, seed, "--max_steps", 1)
+    return pretraining(folder, SAME_NETWORK.get(name, name), seed, "--max_steps", 1)
 
 
 def sweep(args):
@@ -54,11 +55,12 @@ def sweep(args):
     cells = []
     for seed in args.seeds:
         for name in args.methods:
-            folder = args.out / slug(name) / f"seed{seed}"
             arms = {arm: (random_weights(args.out, name, seed), times) for arm, times in SCRATCH.items()}
-            for rate in RATES:
-                encoder = pretraining(folder / f"{rate:g}", name, seed, "--base_lr", rate)
-                arms[f"pre-training {rate:g}"] = encoder, 1
+            if name in TRIED:
+                arms = {"pre-training": (pretraining(args.out, name, seed), 1)}
+            else:
+                for rate in RATES:
+                    arms[f"pre-training {rate:g}"] = pretraining(args.out, name, seed, "--base_lr", rate), 1
             for arm, (encoder, times) in arms.items():
                 for rate in TUNING_RATES:
                     words = ["--labels", 500, "--epochs", times * BUDGET[500], "--base_lr", rate]
@@ -83,7 +85,7 @@ def learns(args):
     cells = []
     for seed in args.seeds:
         for name in args.methods:
-            pretrained = pretraining(args.out / slug(name) / f"seed{seed}" / "pre-trained", name, seed)
+            pretrained = pretraining(args.out, name, seed, "--base_lr", PRETRAINED[name])
             scratch = random_weights(args.out, name, seed)
             for test, (words, arms) in TESTS.items():
                 for arm in arms:
@@ -100,7 +102,7 @@ def ends_of_logs(args):
     """{row: {seed: first and last line of the log of its pre-training}}."""
     ends = {}
     for name in args.methods:
-        folder = args.out / slug(name)
-        logs = {seed: log_of(folder / f"seed{seed}" / "pre-trained") for seed in args.seeds}
+        logs = {seed: log_of(pretraining(args.out, name, seed, "--base_lr", PRETRAINED[name]).out)
+                for seed in args.seeds}
         ends[name] = {seed: [lines[0], lines[-1]] for seed, lines in logs.items()}
     return ends

@@ -80,7 +80,7 @@ def protocols(args):
                     if protocol == "all, after the other data":
                         encoder = jobs[seed, method, "all", other[name]]
                     elif not is_random:
-                        encoder = pretraining(folder / "pre-trained", f"{method} ViT", seed)
+                        encoder = pretraining(args.out, f"{method} ViT", seed)
                     if protocol in EDITS:
                         encoder = edited(encoder, EDITS[protocol], folder / slug(f"{protocol} encoder"), seed)
                     words = ["--data", data, "--labels", 500, "--epochs", BUDGET[500], *PROTOCOLS[protocol].split()]
