@@ -79,8 +79,9 @@ def with_defaults(cfg):
     return types.SimpleNamespace(**{**DEFAULTS, **vars(cfg)})
 
 
-def augmentation(cfg):
-    """The training transforms that the options ask for, in one v2.Compose: uint8 (C, h, w) -> uint8 (C, *img_size)."""
+def augmentation(cfg, whole=CentreCrop):
+    """The training transforms that the options ask for, in one v2.Compose: uint8 (C, h, w) -> uint8 (C, *img_size).
+    `whole` is what evaluation does to an image, and training where --crop_scale 1,1 asks for no random crop."""
     cfg = with_defaults(cfg)
     for name in ("rand_augment", "color_jitter"):
         if getattr(cfg, name) and cfg.in_chans not in (1, 3):
@@ -90,7 +91,7 @@ def augmentation(cfg):
     if cfg.crop == "simple":
         steps = [functools.partial(cover, size=size, interpolation=interpolation)]
     elif tuple(cfg.crop_scale) == (1, 1):
-        steps = [CentreCrop(size, interpolation)]  # what evaluation sees
+        steps = [whole(size, interpolation)]
     else:
         steps = [v2.RandomResizedCrop(size, tuple(cfg.crop_scale), tuple(cfg.crop_ratio), interpolation)]
 

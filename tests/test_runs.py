@@ -563,15 +563,17 @@ def test_bad_input_to_two_processes_is_said_once(tiny, tmp_path):
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 GIVEN = {name: ["--model", "vit_tiny", "--patch_size", "8"] for name in ("dense_tiny", "finetune_tiny")}  # else --init
+GIVEN["cifar10_finetune"] = ["--model", "vit_tiny", "--patch_size", "4"]
 
 
 def script_of(recipe):
     """mae.py for mae_vit_b.yaml, um_mae.py for um_mae_...: the script with the longest name that fits."""
     known = sorted((path.stem for path in ROOT.glob("*.py")), key=len, reverse=True)
-    name = next((name for name in known if recipe.stem.startswith(name)), None)
+    stem = recipe.stem.removeprefix("cifar10_")
+    name = next((name for name in known if stem.startswith(name)), None)
     protocols = dict.fromkeys(("linear", "partial", "scratch"), "finetune")
     others = {"tiny": "mae", "dense": "tools.dense", **protocols, "um": "simmim"}  # um_simmim: UM-MAE's comparison
-    return importlib.import_module(name or others[recipe.stem.split("_")[0]])
+    return importlib.import_module(name or others[stem.split("_")[0]])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)

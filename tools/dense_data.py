@@ -117,5 +117,5 @@ def dense_set(cfg, split):
         source = DenseFolder(cfg.data, split, cfg.task, cfg.in_chans, cfg.depth_scale, pick)
     # DIFF: a validation image is resized to --img_size with its label, and counted there; UM-MAE slides a window.
     plain = v2.Resize(cfg.img_size, v2.InterpolationMode(with_defaults(cfg).interpolation))
-    steps = [augmentation(cfg) if train else plain, v2.ToPureTensor()]
+    steps = [augmentation(cfg, v2.Resize) if train else plain, v2.ToPureTensor()]
     return data.Images(source, v2.Compose(steps), cfg.seed, cfg.max_bad, substitutes=20 if train else 0)

@@ -106,3 +106,80 @@ def ends_of_logs(args):
                 for seed in args.seeds}
         ends[name] = {seed: [lines[0], lines[-1]] for seed, lines in logs.items()}
     return ends
+
+
+# ---------------------------------------- Ablations
+
+ABLATIONS = {  # what a paper varies, and what it found: {row: command}
+    "MAE ViT, mask ratio (MAE, Fig. 5: 0.75 is best)": {
+        ratio: METHODS["MAE ViT"] + f" --mask_ratio {ratio}" for ratio in ("0.5", "0.75", "0.9")},
+    "MAE ViT, decoder blocks (MAE, Table 1a: more help linear probing, not fine-tuning)": {
+        depth: METHODS["MAE ViT"] + f" --decoder_depth {depth}" for depth in ("1", "4")},
+    "MAE ViT, hidden patches in the encoder (MAE, Table 1c: left out is better)": {
+        "left out": METHODS["MAE ViT"], "as mask tokens": METHODS["MAE ViT"] + " --mask_tokens_in_encoder true"},
+    "SimMIM Swin, mask unit (SimMIM: best where hidden pixels are neither near nor far from visible ones)": {
+        f"{unit} px": METHODS["SimMIM Swin"] + f" --mask_unit {unit}" for unit in (4, 8, 16)},
+    "SimMIM Swin, mask ratio (SimMIM: 0.6 is best for its unit)": {
+        ratio: METHODS["SimMIM Swin"] + f" --mask_ratio {ratio}" for ratio in ("0.4", "0.6", "0.8")},
+    "UM-MAE Swin, secondary masking (UM-MAE, 3.3: better with it)": {
+        "none": METHODS["UM-MAE Swin"] + " --secondary_ratio 0", "0.25": METHODS["UM-MAE Swin"]},
+    "UM-MAE ViT, sampling (UM-MAE, Table 1: the more uniform, the worse; secondary masking makes up for it)": {
+        **{kind: METHODS["UM-MAE ViT"] + f" --secondary_ratio 0 --sampling {kind}"
+           for kind in ("random", "uniform", "grid")},
+        "uniform, 0.25 masked": METHODS["UM-MAE ViT"]},
+    "FastMIM ViT, size of its images (FastMIM, Table 7: HOG loses less than pixels)": {
+        f"{target}, {size} px": METHODS["FastMIM ViT"] + f" --target {target} --img_size {size}"
+        for target in ("hog", "pixels") for size in (64, 32)},
+    "LUT ViT, context loss (LUT, 5: better with it)": {
+        "none": METHODS["LUT ViT"] + " --context_weight 0", "one direction": TRIED["LUT ViT, one-directional"],
+        "both directions": METHODS["LUT ViT"]}}
+
+
+def ablations(args):
+    """What each paper varies, at this scale: the encoder fine-tuned and frozen, with 500 labels."""
+    cells = []
+    for seed in args.seeds:
+        for title, rows in ABLATIONS.items():
+            for row, command in rows.items():
+                folder = args.out / slug(title.partition(" (")[0]) / slug(row) / f"seed{seed}"
+                encoder = runner.training(command, "--seed", seed, "--picture_epochs", 2, out=folder)
+                for test in ("500 labels", "linear, 500 labels"):
+                    job = tuning(FINETUNE, encoder, *TESTS[test][0], out=encoder.out / slug(test), seed=seed)
+                    cells.append(runner.Cell(f"{title}: {TITLE}", row, test, seed, job))
+    return cells
+
+
+# ---------------------------------------- Photographs
+
+CIFAR10 = {name: f"{script} --config configs/cifar10_{script[:-3]}.yaml" for name, script in {
+    "MAE": "mae.py", "SimMIM": "simmim.py", "UM-MAE": "um_mae.py", "FastMIM": "fastmim.py", "LUT": "lut.py"}.items()}
+CIFAR10_TUNING = "finetune.py --config configs/cifar10_finetune.yaml --model vit_tiny --patch_size 4"
+CIFAR10_BUDGET = {1000: 20, 5000: 10, 50000: 2}  # labels: epochs of 32 images a step
+CIFAR10_TITLE = "CIFAR-10: top-1, per cent of 5,000 validation images"
+
+
+def cifar10(args):
+    """Every method on 50,000 photographs in DIR/train/CLASS/, against the same ViT from random weights. MAE and scratch
+    with all seeds, the others with the first one."""
+    cells = []
+    for seed in args.seeds:
+        encoders = {"scratch": None, "scratch, 4x budget": None}
+        for name in CIFAR10 if seed == args.seeds[0] else ["MAE"]:
+            out = args.out / name / f"seed{seed}"
+            words = ["--data", args.data, "--seed", seed]
+            encoders[name] = runner.training(CIFAR10[name], *words, out=out / "pre-trained")
+        for row, encoder in encoders.items():
+            for labels, epochs in CIFAR10_BUDGET.items():
+                epochs *= SCRATCH.get(row, 1)
+                words = ["--data", args.data, "--labels", labels, "--epochs", epochs, "--warmup_epochs", epochs / 20]
+                start = ["--init", encoder.out / "encoder.pt"] if encoder else []
+                needs = [encoder] if encoder else []
+                out = args.out / slug(row) / f"seed{seed}" / f"{labels}_labels"
+                job = runner.training(CIFAR10_TUNING, *words, *start, "--seed", seed, needs=needs, out=out)
+                cells.append(runner.Cell(CIFAR10_TITLE, row, f"{labels:,} labels", seed, job))
+            if encoder:
+                words = ["--data", args.data, "--init", encoder.out / "encoder.pt", "--seed", seed, "--mode", "knn"]
+                out = args.out / row / f"seed{seed}" / "k-NN"
+                job = runner.training(CIFAR10_TUNING, *words, needs=[encoder], out=out)
+                cells.append(runner.Cell(CIFAR10_TITLE, row, "k-NN, 50,000 labels", seed, job))
+    return cells

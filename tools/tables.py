@@ -2,6 +2,8 @@
 
     python -m tools.tables sweep                             learning rates, by validation images
     python -m tools.tables learns --seeds "0 1 2"            does every method beat random weights, on every backbone?
+    python -m tools.tables ablations --seeds "0 1 2"         what each paper varies
+    python -m tools.tables cifar10 --data DIR                every method on photographs
     python -m tools.tables protocols --cifar10_mini DIR      every method in every protocol of fine-tuning
     python -m tools.tables dense --seeds "0 1 2"             segmentation and depth: MAE, supervised, random weights
     python -m tools.tables print results/learns.json         the tables of a file
@@ -139,13 +141,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     commands = {}
-    measurements = {"sweep": learning.sweep, "learns": learning.learns, "protocols": protocols, "dense": dense}
+    measurements = {"sweep": learning.sweep, "learns": learning.learns, "ablations": learning.ablations,
+                    "cifar10": learning.cifar10, "protocols": protocols, "dense": dense}
     for name, cells_of in measurements.items():
         commands[name] = names.add_parser(name, description=cells_of.__doc__)
         commands[name].set_defaults(cells_of=cells_of)
         add_options(commands[name], Path("runs") / name)
     for name, rows in {"sweep": [*learning.METHODS, *learning.TRIED], "learns": list(learning.METHODS)}.items():
         commands[name].add_argument("--methods", type=methods, default=rows, help='some of them, as "MAE ViT;LUT ViT"')
+    commands["cifar10"].add_argument("--data", type=Path, required=True, metavar="DIR", help="train/CLASS/, val/CLASS/")
     commands["protocols"].add_argument("--cifar10_mini", type=Path, required=True, metavar="DIR")
     printing = names.add_parser("print", description="The tables of files that a measurement wrote.")
     printing.add_argument("files", nargs="+", type=Path)
@@ -159,8 +163,9 @@ def main(argv=None):
     record = runner.measure(args.name, args.cells_of(args), path, args.jobs)
     if args.name == "learns":
         record["log"] = learning.ends_of_logs(args)
-    elif args.name == "protocols":
-        record["commands"] = [command.replace(str(args.cifar10_mini), "DIR") for command in record["commands"]]
+    elif args.name in ("cifar10", "protocols"):
+        folder = str(args.data if args.name == "cifar10" else args.cifar10_mini)
+        record["commands"] = [command.replace(folder, "DIR") for command in record["commands"]]
     elif args.name == "dense":
         draw_dense(path.with_suffix(".png"), record["results"])
     runner.write(path, record)

@@ -10,10 +10,9 @@ import pytest
 from conftest import ROOT
 
 from common import config
-from tools import convert, demo, runner, tables
+from tools import convert, demo, learning, runner, tables
 
 FILES = sorted((ROOT / "results").glob("*.json"))
-RUNS = 2 * (1 + len(tables.TESTS))  # of a method and a seed: two encoders, and what they are put to
 
 
 def record_of(path):
@@ -24,51 +23,103 @@ def numbers_of(text):
     return [float(number.replace(",", "")) for number in re.findall(r"\d[\d.,]*\d|\d", text)]
 
 
+def test_the_sweep_tries_every_rate_of_both_arms(made_up, capsys):
+    """On validation images; what is no method of its own has the rate of its recipe alone."""
+    tables.main(["sweep", "--methods", "MAE ViT;UM-MAE ViT;LUT ViT, plain views", "--out", "runs", "--jobs", "2"])
+    commands = made_up()
+    scripts = [c for c in commands if not c.startswith("finetune.py")]
+    rates = [f" --base_lr {rate}" for rate in learning.RATES]
+    for name in ("MAE ViT", "UM-MAE ViT"):
+        own = [c.removeprefix(learning.METHODS[name]) for c in scripts if c.startswith(learning.METHODS[name])]
+        assert all(any(rate in c for c in own) for rate in rates)
+    assert len(scripts) == 2 * len(rates) + 1 + 1  # the random weights of one network are made once
+    tuning = [c for c in commands if c.startswith("finetune.py")]
+    assert len(tuning) == len(learning.TUNING_RATES) * (len(scripts) + 1)  # scratch has a longer budget, too
+    assert all(" --split val " in c and " --labels 500 " in c for c in tuning)
+    results = record_of("runs/sweep.json")["results"]
+    columns = {f"fine-tuning {rate:g}": [50] for rate in learning.TUNING_RATES}
+    rows = [f"pre-training {rate:g}" for rate in learning.RATES]
+    assert results[f"MAE ViT: {learning.VALIDATION}"] == dict.fromkeys([*learning.SCRATCH, *rows], columns)
+    assert results[f"LUT ViT, plain views: {learning.VALIDATION}"] == {"pre-training": columns}
+    assert "| pre-training 0.001 | 50.0 | 50.0 | 50.0 | 50.0 |" in capsys.readouterr().out
+
+
 def test_learns_compares_equal_runs(made_up, capsys):
-    """Both arms are the same commands, but for where they start: at a pre-training, or at one stopped at once."""
+    """Both arms are the same commands, but for where they start, and the rate that the sweep chose for each."""
     tables.main(["learns", "--seeds", "0 1 2", "--out", "runs", "--jobs", "2"])
     commands = made_up()
-    assert len(commands) == 3 * len(tables.LEARNS) * RUNS
-    pretrained, scratch = ([c for c in commands if f"/{arm}" in c] for arm in ("pre-trained", "scratch"))
-    stopped = [c for c in scratch if "finetune.py" not in c]
-    assert len(stopped) == 3 * len(tables.LEARNS) and all(" --max_steps 1 " in c for c in stopped)
-    alike = [c.replace(" --max_steps 1 ", " ") if c in stopped else c for c in scratch]
-    assert sorted(pretrained) == sorted(c.replace("/scratch", "/pre-trained") for c in alike)
+    networks = set(learning.METHODS) - set(learning.SAME_NETWORK)
+    stopped = [c for c in commands if " --max_steps 1 " in c and not c.startswith("finetune.py")]
+    assert len(stopped) == 3 * len(networks)
+    for name, command in learning.METHODS.items():
+        pretrained = [c for c in commands if c.startswith(f"{command} --seed") and c not in stopped]
+        assert len(pretrained) == 3 and all(f" --base_lr {learning.PRETRAINED[name]} " in c for c in pretrained)
+    tuning = [c for c in commands if c.startswith("finetune.py")]
+    assert all(" --split test " in c for c in tuning)
+    plain = {re.sub(r" --(init|base_lr|out) \S+", "", c) for c in tuning}
+    for seed in range(3):
+        for labels, epochs in demo.BUDGET.items():
+            for more in ("", f" --epochs {4 * epochs}"):
+                words = f" --labels {labels} --epochs {epochs}{more} --split test --seed {seed} --resume"
+                assert f"{demo.FINETUNE}{words}" in plain
     record = record_of("runs/learns.json")
-    tops = {f"{test}: {arm}": [top1] * 3 for test in tables.TESTS for arm, top1 in
-            (("pre-trained", 50), ("scratch", 40))}
-    assert record["results"] == {demo.TITLE: dict.fromkeys(tables.LEARNS, tops)}
+    row = record["results"][demo.TITLE]["UM-MAE PVT"]
+    assert list(row) == [f"{test}: {arm}" for test, (_, arms) in learning.TESTS.items() for arm in arms]
+    assert set(map(tuple, row.values())) == {(50, 50, 50), (40, 40, 40)}
     ends = [{"step": 100, "loss": 2.0}, {"step": 1250, "loss": 1.0}]
-    assert record["log"] == {name: dict.fromkeys("012", ends) for name in tables.LEARNS}
+    assert record["log"] == {name: dict.fromkeys("012", ends) for name in learning.METHODS}
     assert "| UM-MAE PVT | 50.0 (50.0 to 50.0) | 40.0 (40.0 to 40.0) |" in capsys.readouterr().out
 
 
-def test_learns_goes_on_where_it_was_stopped(made_up):
+def test_learns_goes_on_where_it_was_stopped(made_up, capsys):
     """A command that failed, or that is another one than before, runs; one that ended well does not run again."""
-    words = ["learns", "--methods", "MAE ViT,UM-MAE Swin", "--out", "runs", "--jobs", "1"]
+    words = ["learns", "--methods", "MAE ViT;UM-MAE Swin", "--out", "runs", "--jobs", "1"]
     with pytest.raises(SystemExit, match="failed"):
         tables.main([*words, "--seeds", "0 13"])
     commands = made_up()
-    assert len([c for c in commands if " --seed 0 " in c]) == 2 * RUNS and " --resume" in commands[-1]
+    runs = 2 * (2 + sum(len(arms) for _, arms in learning.TESTS.values()))
+    assert len([c for c in commands if " --seed 0 " in c]) == runs and " --resume" in commands[-1]
     assert record_of("runs/learns.json")["results"][demo.TITLE]["MAE ViT"]["200 labels: scratch"] == [40, None]
     tables.main([*words, "--seeds", "0"])
     assert made_up() == commands
     for seed in (1, 2, 2):
         list(runner.run([runner.training("mae.py", "--seed", seed, out="runs/one")]))
     assert len(made_up()) == len(commands) + 2
-
-
-def test_learns_from_longer_pretraining(made_up, capsys):
-    """Of some methods, beside what shorter ones left."""
-    for epochs in (2, 8):
-        tables.main(["learns", "--epochs", str(epochs), "--methods", "LUT ViT", "--out", "runs"])
-    commands = made_up()
-    long = [c for c in commands if c.startswith("lut.py") and " --epochs 8 --warmup_epochs 0.64 " in c]
-    assert len(long) == 2 and len(commands) == 2 * RUNS
-    assert list(record_of("runs/learns_8_epochs.json")["results"][demo.TITLE]) == ["LUT ViT"]
     with pytest.raises(SystemExit, match="2"):
-        tables.main(["learns", "--methods", "LUT ViT,BEiT"])
-    assert "--methods: BEiT is not one of MAE ViT, " in capsys.readouterr().err
+        tables.main(["learns", "--methods", "LUT ViT;BEiT"])
+    assert "--methods: BEiT is not one of MAE ViT; " in capsys.readouterr().err
+
+
+def test_ablations_change_one_option_of_a_recipe(made_up):
+    tables.main(["ablations", "--out", "runs"])
+    results = record_of("runs/ablations.json")["results"]
+    assert len(results) == len(learning.ABLATIONS)
+    for title, rows in learning.ABLATIONS.items():
+        recipe = r"\w+\.py --config \S+( --model \S+ --patch_size \d+)?"
+        recipes = {re.match(recipe, command)[0] for command in rows.values()}
+        assert len(recipes) == 1 and len(set(rows.values())) == len(rows) > 1
+        found = results[f"{title}: {demo.TITLE}"]
+        assert list(found) == list(rows) and all(list(cells) == ["500 labels", "linear, 500 labels"]
+                                                 for cells in found.values())
+
+
+def test_photographs_have_the_arms_of_one_network(made_up, tmp_path):
+    """All seeds for MAE and scratch, the first one for the others; no path of this machine in the record."""
+    elsewhere = tmp_path / "some" / "cifar"
+    tables.main(["cifar10", "--data", str(elsewhere), "--seeds", "0 1", "--out", "runs"])
+    commands = made_up()
+    assert len([c for c in commands if not c.startswith("finetune.py")]) == 5 + 1
+    tuning = [c for c in commands if c.startswith("finetune.py")]
+    assert all(" --model vit_tiny --patch_size 4 " in c for c in tuning)
+    record = record_of("runs/cifar10.json")
+    assert str(elsewhere) not in json.dumps(record) and all("--data DIR " in c for c in record["commands"])
+    (rows,) = record["results"].values()
+    assert rows["MAE"]["50,000 labels"] == [50, 50] and rows["LUT"]["50,000 labels"] == [50, None]
+    assert rows["scratch, 4x budget"] == {f"{labels:,} labels": [40, 40] for labels in learning.CIFAR10_BUDGET}
+    for labels, epochs in learning.CIFAR10_BUDGET.items():
+        budgets = [c for c in tuning if f" --labels {labels} " in c and " --seed 1 " in c]
+        assert sorted(re.search(r"--epochs (\d+)", c)[1] for c in budgets) == sorted(
+            [str(epochs), str(epochs), str(4 * epochs)])
 
 
 def test_protocols_put_every_method_through_all_that_suits_it(made_up, tmp_path, capsys):
@@ -161,8 +212,10 @@ def test_readme_shows_what_was_measured(name):
 
 def test_every_command_of_a_table_can_be_parsed(tmp_path, call):
     """An option that a script lost would only be found after hours of measuring."""
-    args = argparse.Namespace(out=tmp_path, seeds=[0], epochs=2, methods=list(tables.LEARNS), cifar10_mini=tmp_path)
-    for cells_of in (tables.learns, tables.protocols, tables.dense):
+    args = argparse.Namespace(out=tmp_path, seeds=[0], methods=list(learning.METHODS), data=tmp_path,
+                              cifar10_mini=tmp_path)
+    for cells_of in (learning.sweep, learning.learns, learning.ablations, learning.cifar10, tables.protocols,
+                     tables.dense):
         for job in runner.with_needs([cell.job for cell in cells_of(args)]):
             words = [word for word in job.words if word != "-m"]
             script = runner.SCRIPTS[words.pop(0)]
