@@ -21,7 +21,6 @@ is (B, N + 2).
                 --data /data/imagenet --out runs/lut_vit_b                            (not measured)
 """
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -252,8 +251,11 @@ class LUT(nn.Module):
                 self.lift = nn.Linear(cfg.decoder_width, D)
             self.projector = mlp_head(D, cfg.head_width)
             self.predictor = mlp_head(D, cfg.head_width)
-            teacher = {"encoder": self.encoder, "projector": self.projector}
-            self.teacher = copy.deepcopy(nn.ModuleDict(teacher)).requires_grad_(False).eval()
+            teacher = models.build(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans)
+            self.teacher = nn.ModuleDict(
+                {"encoder": teacher, "projector": mlp_head(D, cfg.head_width)})
+            self.teacher.requires_grad_(False).eval()
+            self.update_ema(0.0)  # makes it a copy of the student
 
     def count_kept(self, ratio):
         return max(1, math.floor(self.num_patches * (1 - ratio) + 1e-9))  # 100 * (1 - 0.9): 9.999
