@@ -96,8 +96,8 @@ class SimMIM(nn.Module):
         self.num_noise = self.num_units + 2 * self.encoder.num_layers  # mask, stochastic depth
         self.mask_token = nn.Parameter(torch.randn(1, 1, self.encoder.embed_width) * 0.02)
         pixels = self.encoder.out_stride**2 * cfg.in_chans
-        # DIFF: UM-MAE's SimMIM baselines shuffle the outputs of their head to a map of stride 16; ours
-        # keep the last map's, 32: the same linear layer with its outputs in another order.
+        # DIFF: UM-MAE's SimMIM baselines shuffle the outputs of their head to a map of stride 16;
+        # ours keep the last map's, 32: the same linear layer with its outputs in another order.
         self.head = nn.Linear(self.encoder.width, pixels)
 
     def require_fit(self):
