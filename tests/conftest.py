@@ -173,6 +173,7 @@ def made_up(monkeypatch, tmp_path):
     """`made_up()` lists the commands that tools/runner.py has run. They are made up: each leaves the files of a run,
     and 50 %, or 40 % from scratch. Seed 13 fails. What is written goes to a temporary folder."""
     commands = []
+    commit = "1111111"
 
     class Process:
         """In place of one of multiprocessing. It ends before it has begun."""
@@ -185,6 +186,7 @@ def made_up(monkeypatch, tmp_path):
             out = self.job.out
             top1 = 40 if "scratch" in str(out) else 50
             (out / "result.json").write_text(json.dumps({"top1": top1, "miou": 30 + top1, "rmse": top1 / 40}))
+            (out / "config.yaml").write_text(f"run: {{commit: '{commit}'}}")
             (out / "log.jsonl").write_text('{"step": 100, "loss": 2.0}\n{"step": 1250, "loss": 1.0}\n')
             (out / "pictures").mkdir(exist_ok=True)
             (out / "pictures" / "step.png").touch()

@@ -21,6 +21,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 import torch
+import yaml
 
 import fastmim
 import finetune
@@ -172,7 +173,8 @@ def write(path, record):
 
 def measure(what, cells, path, workers):
     """Run the jobs of all cells; print each number and write the record at `path` as soon as it is known. Returns the
-    record, with results {title: {row: {column: values}}}: one value for each seed, None until it is known."""
+    record, with results {title: {row: {column: values}}}: one value for each seed, None until it is known. Runs that
+    ended in an earlier call may be of other commits: commits_of_runs names all."""
     begin = time.monotonic()
     seeds = list(dict.fromkeys(cell.seed for cell in cells))
     results = {}
@@ -187,8 +189,15 @@ def measure(what, cells, path, workers):
             results[cell.title][cell.row][cell.column][seeds.index(cell.seed)] = value
             name = f"{cell.row}, {cell.column}, seed {cell.seed}"
             print(f"{time.monotonic() - begin:6.0f} s  {name}: {number(value)}", flush=True)
+        record["commits_of_runs"] = sorted({*record.get("commits_of_runs", []), *commit_of(job)})
         write(path, record)
     return record
+
+
+def commit_of(job):
+    """The commit that a job ran at, in a list; an edit of a checkpoint leaves none."""
+    path = job.out / "config.yaml"
+    return [yaml.safe_load(path.read_text())["run"]["commit"]] if path.exists() else []
 
 
 # ---------------------------------------- Tables

@@ -203,6 +203,7 @@ def test_measure_keeps_what_is_known_when_a_job_fails(made_up, capsys):
         record = json.load(file)
     assert record["results"] == {"title": {"row": {"column": [50, None]}}} and record["seeds"] == [4, 13]
     assert record["commands"] == ["python mae.py --seed 4 --out runs/4 --resume"]
+    assert record["commits_of_runs"] == ["1111111"]
     assert " s  row, column, seed 4: 50.0\n" in capsys.readouterr().out
 
 
