@@ -3,8 +3,9 @@ PY := .venv/bin/python
 SEEDS ?= 0
 A ?= mae
 B ?= finetune
+METHODS ?= mae simmim um_mae
 
-.PHONY: setup demo test lint lines diff clean
+.PHONY: setup demo read test lint lines diff clean
 
 setup: .venv/ready
 
@@ -16,6 +17,9 @@ setup: .venv/ready
 
 demo: setup
 	$(PY) -m tools.demo --seeds "$(SEEDS)"
+
+read: setup
+	$(PY) -m tools.read --methods $(METHODS)
 
 # In two processes, one for each of two cores, which share the files out (tests/conftest.py); what the second one prints
 # comes last.

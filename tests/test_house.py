@@ -11,7 +11,7 @@ from conftest import ROOT
 
 METHODS = ["mae", "simmim", "um_mae", "fastmim", "lut"]
 FLOORS = {"common": 0, "models": 1, "data": 1, **dict.fromkeys([*METHODS, "finetune"], 2), "tools": 3}
-OPTIONAL = {"matplotlib", "safetensors", "timm"}  # what may be imported inside a function
+OPTIONAL = {"matplotlib", "pygments", "safetensors", "timm"}  # what may be imported inside a function
 
 
 def modules():
