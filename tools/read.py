@@ -11,6 +11,7 @@ import collections
 import itertools
 import json
 import re
+import typing
 from pathlib import Path
 
 from common import config
@@ -35,9 +36,16 @@ KINDS = {"Comment": "c", "Literal.String.Doc": "c", "Literal.String": "s", "Lite
 TEXT = {"c", "h", "a"}  # kinds of words that occur in comments and docstrings: plain, a shape, a citation
 
 
+class Word(typing.NamedTuple):
+    kind: str  # one of KINDS or TEXT, or ""
+    text: str  # with its white space in front
+    reference: str = ""  # a citation's URL, or a name's key in `documented`
+
+
 # ---------------------------------------- Words of a line
 
 def lexer():
+    """Pygments' for Python. ValueError, with the way out, if there is none."""
     try:
         from pygments.lexers import PythonLexer
     except ImportError as error:
@@ -46,33 +54,32 @@ def lexer():
 
 
 def words_by_line(text, documented):
-    """{line of the file: [[kind, word, reference]]}: a word has its white space in front. The reference of a citation
-    is a URL, that of a name a key of `documented`; others have "". Kinds: see KINDS and TEXT."""
+    """{line of the file: [Word]}, lines counted from 1."""
     lines, row, space = collections.defaultdict(list), 1, ""
     before = ["", ""]  # the two tokens ahead
-    for token, word in lexer().get_tokens(text):
+    for token, text_of_token in lexer().get_tokens(text):
         token_name = str(token).removeprefix("Token.")
         kind = next((kind for name, kind in KINDS.items() if token_name.startswith(name)), "")
-        dotted = f"{before[0]}.{word}"
+        dotted = f"{before[0]}.{text_of_token}"
         reference = dotted if before[1] == "." and dotted in documented else ""
-        before = [before[1], word]
+        before = [before[1], text_of_token]
 
-        parts = in_parts(word) if kind == "c" else [[kind, word, reference]]
-        for kind, part, reference in parts:
-            for number, piece in enumerate(part.split("\n")):
+        words = in_words(text_of_token) if kind == "c" else [Word(kind, text_of_token, reference)]
+        for word in words:
+            for number, piece in enumerate(word.text.split("\n")):
                 if number > 0:
                     row, space = row + 1, ""
                 if piece.strip():
-                    lines[row].append([kind, space + piece, reference])
+                    lines[row].append(word._replace(text=space + piece))
                     space = ""
                 else:
                     space += piece
     return lines
 
 
-def in_parts(text):
-    """[[kind, part, reference]] of a comment or a docstring: citations, shapes, and the words between them."""
-    parts, end = [], 0
+def in_words(text):
+    """[Word] of a comment or a docstring: citations, shapes, and what is between them."""
+    words, end = [], 0
     for found in PART.finditer(text):
         citation, shape = found.groups()
         if citation:
@@ -80,12 +87,12 @@ def in_parts(text):
             number = re.search(r"\d{4}\.\d{5}", cited)
             title = next((title for title in PAPERS if cited.startswith(title)), "")
             number = number[0] if number else PAPERS[title]
-            before = found[0].removesuffix(cited)  # white space, and maybe a bracket
-            parts += [["c", before, ""], ["a", cited, f"https://arxiv.org/abs/{number}"]]
+            words.append(Word("c", found[0].removesuffix(cited)))  # white space, and maybe a bracket
+            words.append(Word("a", cited, f"https://arxiv.org/abs/{number}"))
         else:
-            parts.append(["h" if shape else "c", found[0], ""])
+            words.append(Word("h" if shape else "c", found[0]))
         end = found.end()
-    return [*parts, ["c", text[end:], ""]]
+    return [*words, Word("c", text[end:])]
 
 
 # ---------------------------------------- Docstrings of names
@@ -100,8 +107,8 @@ def documented(root):
         add_documented(found, place.split("/")[-1], place, tree.body)
     for owner, classes in OWNERS.items():
         for place, name in classes:
-            [definition] = [node for node in trees[place].body if getattr(node, "name", "") == name]
-            add_documented(found, owner, place, definition.body)
+            definitions = {getattr(node, "name", ""): node for node in trees[place].body}
+            add_documented(found, owner, place, definitions[name].body)
     return found
 
 
@@ -122,17 +129,16 @@ def paragraphs(docstring):
     for paragraph in docstring.split("\n\n"):
         drawn = paragraph.startswith("    ")
         rows = [row[4:] for row in paragraph.splitlines()] if drawn else [" ".join(paragraph.split())]
-        lines = [[0, *map(short, in_parts(row))] for row in rows]
+        lines = [[0, *map(short, in_words(row))] for row in rows]
         found.append(["pre" if drawn else "prose", 0, lines])
     return found
 
 
 def short(word):
-    """[kind, word, reference] as the page holds it: without what is empty."""
-    kind, text, reference = word
-    if reference:
-        return [kind, text, reference]
-    return [kind, text] if kind else text
+    """A Word as the page holds it: without what is empty."""
+    if word.reference:
+        return list(word)
+    return [word.kind, word.text] if word.kind else word.text
 
 
 def item(statement, lines, words, margin):
@@ -142,42 +148,41 @@ def item(statement, lines, words, margin):
     space = int(not above or statement.name in HEADINGS)
     outer, rows = indent_of(lines[statement.first - 1]), []
     for row in range(statement.first, statement.last + 1):
-        if not words[row]:
+        here = words[row]
+        if not here:
+            continue
+        flows = row > statement.first and is_text(here) and is_text(words[row - 1])
+        if flows:
+            if here[0].text.strip() == "#":
+                here = here[1:]
+            first = here[0]._replace(text=" " + here[0].text.lstrip())
+            rows[-1] += map(short, [first, *here[1:]])
             continue
         indent = indent_of(lines[row - 1])
         if indent > outer + 8:
             indent = outer + 4
-        [kind, word, reference], *others = words[row]
-        here = [[kind, word.lstrip(), reference], *others]
-        flows = row > statement.first and is_text(words[row]) and is_text(words[row - 1])
-        if flows:
-            if here[0][1] == "#":
-                here = here[1:]
-            here[0][1] = " " + here[0][1].lstrip()
-            rows[-1] += map(short, here)
-        else:
-            here = [[kind, re.sub("-----+", "---", word), reference] for kind, word, reference in here]
-            rows.append([indent - margin, *map(short, here)])
+        first = here[0]._replace(text=here[0].text.lstrip())
+        here = [word._replace(text=re.sub("-----+", "---", word.text)) for word in [first, *here[1:]]]
+        rows.append([indent - margin, *map(short, here)])
     return [statement.kind, space, rows]
 
 
 def is_text(words):
     """Does a line hold a comment or a part of a docstring, and no code?"""
-    return bool(words) and all(kind in TEXT for kind, _, _ in words)
+    return bool(words) and all(word.kind in TEXT for word in words)
 
 
 def indent_of(line):
     return len(line) - len(line.lstrip())
 
 
-def cut_all(root):
-    """{method: lines of its file}, {method: {section: [Statement]}}; options are in one order, so that they align."""
-    texts = {name: (root / f"{name}.py").read_text() for name in METHODS}
+def cut_all(texts):
+    """{method: {section: [Statement]}} of {method: text of its file}; options are in one order, so that they align."""
     columns = {name: cut(text, METHODS[name]) for name, text in texts.items()}
     options = in_one_order({name: sections["config"] for name, sections in columns.items()})
     for name, sections in columns.items():
         sections["config"] = options[name]
-    return {name: text.splitlines() for name, text in texts.items()}, columns
+    return columns
 
 
 def margins_of(lines, columns):
@@ -189,18 +194,23 @@ def margins_of(lines, columns):
     return margins
 
 
+def texts_of(root):
+    """{method: text of its file}."""
+    return {name: (root / f"{name}.py").read_text() for name in METHODS}
+
+
 def content(root):
     """All that the page holds, as plain data. ValueError or OSError where a file is missing or no method."""
-    lines, columns = cut_all(root)
-    margins, names = margins_of(lines, columns), documented(root)
+    texts, names = texts_of(root), documented(root)
+    lines, columns = {name: text.splitlines() for name, text in texts.items()}, cut_all(texts)
+    margins = margins_of(lines, columns)
     numbers, methods = {}, []  # {item as text: its number}: what several files have is kept once
     for name, title in METHODS.items():
-        text = "\n".join(lines[name]) + "\n"
-        words, sections = words_by_line(text, names), {}
+        words, sections = words_by_line(texts[name], names), {}
         for section, statements in columns[name].items():
             items = [item(statement, lines[name], words, margins[section]) for statement in statements]
             if section == "idea":
-                items = paragraphs(ast.get_docstring(ast.parse(text)))
+                items = paragraphs(ast.get_docstring(ast.parse(texts[name])))
             first = statements[0].first if statements else 0
             own = [numbers.setdefault(json.dumps(one), len(numbers)) for one in items]
             sections[section] = [first, own]
@@ -230,10 +240,10 @@ def write(out, methods, root=config.ROOT):
     """Write OUT/index.html, which shows `methods` first. Returns its path."""
     data = {"first": methods, **content(root)}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    page = TEMPLATE.read_text().replace("{{data}}", text.replace("</", "<\\/"))
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text.replace("</", "<\\/"))
     path = Path(out) / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
     return path
 
 

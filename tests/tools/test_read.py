@@ -21,7 +21,7 @@ CHOICES = [choice for count in range(2, 6) for choice in itertools.combinations(
 @pytest.fixture(scope="module")
 def columns():
     """{method: {section: [Statement]}}."""
-    return read.cut_all(ROOT)[1]
+    return read.cut_all(read.texts_of(ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(path):
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -257,14 +257,14 @@ def test_citations_link_to_papers(data):
 
 def test_citations_and_shapes_in_a_text():
     def found(text):
-        return [(kind, part.strip()) for kind, part, _ in read.in_parts(text) if kind != "c"]
+        return [(word.kind, word.text.strip()) for word in read.in_words(text) if word.kind != "c"]
     assert found("hidden first (MAE, Fig. 6\n  middle; BEiT, Algorithm 1)") == [
         ("a", "MAE, Fig. 6\n  middle"), ("a", "BEiT, Algorithm 1")]
     assert found("noise (B, N) -> (B, 1 + N_keep, D') or (N,)") == [
         ("h", "(B, N)"), ("h", "(B, 1 + N_keep, D')"), ("h", "(N,)")]
     assert found("# (V*B, p*p*C), as MAE has it (ours), floor(K * (1 - ratio))") == [("h", "# (V*B, p*p*C)")]
     for text in ("a (B, N) b (MAE, 3); c", "(", "x (LUT's released code)", ""):
-        assert "".join(part for _, part, _ in read.in_parts(text)) == text
+        assert "".join(word.text for word in read.in_words(text)) == text
 
 
 def test_names_of_common_and_models_have_their_docstrings(data):
@@ -562,6 +562,9 @@ def test_a_phone_shows_one_method_and_does_not_scroll_sideways(show, width):
         tab.press("j")
         assert tab.run("scrollX") == 0
     assert tab.run("document.getElementById('choice').offsetHeight") == 0
+    tab.run("document.querySelector('nav li:nth-child(9) a').click()")
+    tab.settle()
+    assert tab.run(HASH) == "mae+simmim/encode" and tab.run(shown)[0].startswith("LUT ")
     visible = "[...document.querySelectorAll('#encode .column')].filter(c => c.firstChild.offsetHeight > 0).length"
     assert tab.run(visible) == 1
 
