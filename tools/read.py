@@ -15,7 +15,7 @@ import typing
 from pathlib import Path
 
 from common import config
-from tools.read_code import HEADINGS, METHODS, SECTIONS, align, cut, in_one_order
+from tools.read_code import HEADINGS, METHODS, SECTIONS, align, align_options, cut, rank_options
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PAPERS = {"MAE": "2111.06377", "SimMIM": "2111.09886", "UM-MAE": "2205.10063", "FastMIM": "2212.06593",
@@ -179,9 +179,7 @@ def indent_of(line):
 def cut_all(texts):
     """{method: {section: [Statement]}} of {method: text of its file}; options are in one order, so that they align."""
     columns = {name: cut(text, METHODS[name]) for name, text in texts.items()}
-    options = in_one_order({name: sections["config"] for name, sections in columns.items()})
-    for name, sections in columns.items():
-        sections["config"] = options[name]
+    rank_options({name: sections["config"] for name, sections in columns.items()})
     return columns
 
 
@@ -231,7 +229,8 @@ def rows_of_choices(columns):
             key = sum(bits[name] for name in choice)
             rows[key] = {}
             for section in SECTIONS:
-                aligned = align({name: columns[name][section] for name in choice})
+                chosen = {name: columns[name][section] for name in choice}
+                aligned = align_options(chosen) if section == "config" else align(chosen)
                 rows[key][section] = [sum(bits[name] for name in row) for row in aligned]
     return rows
 
@@ -249,7 +248,7 @@ def write(out, methods, root=config.ROOT):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS)[:3], metavar="METHOD",
+    parser.add_argument("--methods", nargs="*", default=list(METHODS)[:3], metavar="METHOD",
                         help=f"two to five of {', '.join(METHODS)}: what the page shows first")
     parser.add_argument("--out", default="runs/read", help="folder of index.html")
     args = parser.parse_args(argv)
@@ -257,7 +256,7 @@ def main(argv=None):
     with config.user_errors():
         chosen = set(args.methods)
         if not chosen <= METHODS.keys() or len(chosen) < 2:
-            raise ValueError(f"--methods takes two to five of {', '.join(METHODS)} and not {' '.join(args.methods)}")
+            raise ValueError(f"--methods {' '.join(args.methods)}: give two to five of {', '.join(METHODS)}")
         path = write(args.out, [name for name in METHODS if name in chosen])
         print(f"written: {path}; open it in a browser")
 

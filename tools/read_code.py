@@ -37,6 +37,7 @@ class Statement:
     name: str  # that it assigns or defines, or ""
     function: str  # that it belongs to, or ""
     words: collections.Counter  # of its code, or of a comment
+    rank: int = 0  # of an option, among those of all methods
 
 
 # ---------------------------------------- Cutting
@@ -166,11 +167,9 @@ def words_of(code):
 
 @functools.cache
 def score(one, two):
-    """How well two statements stand beside each other; not at all if it is 0 or less. Options go by their names."""
+    """How well two statements stand beside each other; not at all if it is 0 or less."""
     if one.kind != two.kind:
         return 0.0
-    if one.kind == "field":
-        return float(one.name == two.name)
     in_both = (one.words & two.words).total()
     likeness = 2 * in_both / max(1, one.words.total() + two.words.total())
     if one.name and one.name == two.name:
@@ -211,15 +210,27 @@ def align(columns):
     return rows
 
 
-def in_one_order(columns):
-    """{column: [field]}, sorted by one order of the names, so that those of a name can stand in a row."""
+def rank_options(columns):
+    """Bring the options of all methods, {column: [Statement]}, into one order, so that those of a name share a row."""
     order = []
-    for fields in columns.values():
+    for options in columns.values():
         place = 0
-        for field in fields:
-            if field.name in order:
-                place = order.index(field.name) + 1
+        for option in options:
+            if option.name in order:
+                place = order.index(option.name) + 1
             else:
-                order.insert(place, field.name)
+                order.insert(place, option.name)
                 place += 1
-    return {column: sorted(fields, key=lambda field: order.index(field.name)) for column, fields in columns.items()}
+    for options in columns.values():
+        for option in options:
+            option.rank = order.index(option.name)
+        options.sort(key=lambda option: option.rank)
+
+
+def align_options(columns):
+    """Rows {column: Statement} of options that have their ranks: one row for each name."""
+    rows = {}
+    for column, options in columns.items():
+        for option in options:
+            rows.setdefault(option.rank, {})[column] = option
+    return [rows[rank] for rank in sorted(rows)]

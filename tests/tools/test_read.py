@@ -150,7 +150,8 @@ def test_the_same_name_counts_and_another_function_counts_against():
 def test_every_choice_shows_each_statement_once_and_in_order(choice, columns, data):
     key = sum(1 << list(METHODS).index(name) for name in choice)
     for section in SECTIONS:
-        rows = read_code.align({name: columns[name][section] for name in choice})
+        chosen = {name: columns[name][section] for name in choice}
+        rows = read_code.align_options(chosen) if section == "config" else read_code.align(chosen)
         for name in choice:
             assert [row[name] for row in rows if name in row] == columns[name][section]
         bits = [sum(1 << list(METHODS).index(name) for name in row) for row in rows]
@@ -180,11 +181,13 @@ def test_counterparts_are_in_one_row_in_every_choice(section, code, columns):
 
 @pytest.mark.parametrize("choice", CHOICES, ids="+".join)
 def test_options_stand_field_by_field(choice, columns):
-    rows = read_code.align({name: columns[name]["config"] for name in choice})
-    names = [{field.name for field in row.values()} for row in rows if "Config" not in {f.name for f in row.values()}]
+    rows = read_code.align_options({name: columns[name]["config"] for name in choice})
+    names = [{option.name for option in row.values()} for row in rows]
     assert all(len(row) == 1 for row in names)
     found = [name for row in names for name in row]
     assert len(found) == len(set(found)) > 20
+    first = [option.name for option in sorted(columns["mae"]["config"], key=lambda option: option.first)]
+    assert [option.name for option in columns["mae"]["config"]] == first  # it comes first: its order is its file's
 
 
 # The page
@@ -229,7 +232,7 @@ def test_one_page_holds_all_methods_whatever_is_shown_first(tmp_path, data, call
 
 
 @pytest.mark.parametrize("words,name", [(["mae"], "two to five"), (["mae", "mae"], "two to five"),
-                                        (["mae", "beit"], "beit"), ([], "expected")])
+                                        (["mae", "beit"], "beit"), ([], "two to five")])
 def test_what_is_wrong_with_methods_is_one_line(words, name, tmp_path, call):
     done = call(read.main, ["--out", tmp_path, "--methods", *words])
     assert done.code == 2 and done.err.startswith("error: ") and len(done.err.splitlines()) == 1 and name in done.err
