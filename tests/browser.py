@@ -25,7 +25,8 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """One tab. `events` are what the browser tells on its own: messages of the console, requests, errors."""
+    """One tab. `events` are what the browser tells on its own: messages of the console, requests, errors. RuntimeError
+    or OSError if it does not start."""
 
     def __init__(self, folder):
         read_end, self.to_browser = os.pipe()
@@ -38,6 +39,13 @@ class Browser:
         os.close(read_end)
         os.close(write_end)
         self.number, self.rest, self.events, self.session = 0, b"", [], None
+        try:
+            self.open_tab()
+        except (RuntimeError, OSError):
+            self.close()
+            raise
+
+    def open_tab(self):
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):

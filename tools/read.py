@@ -27,7 +27,7 @@ OWNERS = {"run": [("common/engine", "Run")], "encoder": [("models", "Encoder"), 
 CITATION = rf"(?:\(|(?<=;\s))(?:{'|'.join(PAPERS)})(?:'s [^();]*|,\s[^();]*)?(?=[;)])"
 NUMBER = r"arXiv\s+\d{4}\.\d{5}"
 FIRST_SIZE = r"(?:\d+|[A-Z](?:_\w+)?'?|[a-z]|num_\w+|world_size)(?:[*/^+ -]+\w+)*"
-SHAPE = rf"\({FIRST_SIZE},(?:[\w.*/'^+ -]+,?)*\)"
+SHAPE = rf"\({FIRST_SIZE},(?:[\w.*/'^+\s-]+,?)*\)"
 PART = re.compile(rf"\s*(?:({CITATION}|{NUMBER})|((?:# )?{SHAPE})|\(|\S+?(?=[\s(]|$))")
 
 # Kinds of words in the style sheet of the page, by how the name of a token of Pygments begins; the first match counts

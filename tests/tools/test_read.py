@@ -266,6 +266,7 @@ def test_citations_and_shapes_in_a_text():
     assert found("noise (B, N) -> (B, 1 + N_keep, D') or (N,)") == [
         ("h", "(B, N)"), ("h", "(B, 1 + N_keep, D')"), ("h", "(N,)")]
     assert found("# (V*B, p*p*C), as MAE has it (ours), floor(K * (1 - ratio))") == [("h", "# (V*B, p*p*C)")]
+    assert found("latent (B, P + K /\n    up^2, D'), P first") == [("h", "(B, P + K /\n    up^2, D')")]
     for text in ("a (B, N) b (MAE, 3); c", "(", "x (LUT's released code)", ""):
         assert "".join(word.text for word in read.in_words(text)) == text
 
@@ -316,7 +317,10 @@ def test_every_text_is_legible_on_every_ground(page):
 def tab(tmp_path_factory):
     if browser.FOUND is None:
         pytest.skip("no Chromium here")
-    opened = browser.Browser(tmp_path_factory.mktemp("browser"))
+    try:
+        opened = browser.Browser(tmp_path_factory.mktemp("browser"))
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"{browser.FOUND} does not start: {error}")
     yield opened
     opened.close()
 
