@@ -83,10 +83,10 @@ def test_masks_and_parts_hold_what_stands_outside_of_the_model(columns):
 
 def test_sections_are_found_by_name_wherever_they_are(columns):
     text = (ROOT / "mae.py").read_text()
-    text = text.replace("    flip: float", "    # What is new\n    shift: int = 4  # pixels\n    flip: float")
+    text = text.replace("    flip: float", "    # What is new\n    blur: int = 4  # pixels\n    flip: float")
     text = text.replace("    def decode(", "    def help(self):\n        return 1\n\n    def decode(")
     cut = read_code.cut(text, "MAE")
-    assert [s.name for s in cut["config"]].index("shift") == [s.name for s in cut["config"]].index("flip") - 1
+    assert [s.name for s in cut["config"]].index("blur") == [s.name for s in cut["config"]].index("flip") - 1
     assert [s.name for s in cut["encode"] if s.kind == "head"] == ["encode", "help"]
     for section in set(SECTIONS) - {"config", "encode"}:
         assert [s.words for s in cut[section]] == [s.words for s in columns["mae"][section]], section
