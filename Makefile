@@ -4,8 +4,9 @@ SEEDS ?= 0
 A ?= mae
 B ?= finetune
 METHODS ?= mae simmim um_mae
+N ?= 2
 
-.PHONY: setup demo read test lint lines diff clean
+.PHONY: setup demo read assignment assignments-check test lint lines diff clean
 
 setup: .venv/ready
 
@@ -37,6 +38,12 @@ lines:
 
 diff:
 	@diff --side-by-side --suppress-common-lines --width 200 $(A).py $(B).py || true
+
+assignment: setup
+	$(PY) -m tools.assign $(N)
+
+assignments-check: setup
+	ASSIGNMENTS=all OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/tools/test_assign.py tests/tools/test_grade.py
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache

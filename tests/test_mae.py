@@ -202,6 +202,9 @@ def test_the_loss_by_hand():
               for b in range(4) for n in range(16) if mask[b, n]]
     torch.testing.assert_close(model(imgs, noise), torch.stack(errors).mean())
     assert len(errors) == 4 * 12
+    uneven = torch.rand(4, 16) < 0.4  # a mean over patches, not over images
+    error = (pred - model.target(imgs)).square().mean(dim=2)
+    torch.testing.assert_close(model.loss(pred, model.target(imgs), uneven), error[uneven].mean())
 
 
 def test_normalised_pixels_have_mean_0_and_unbiased_std_1():
@@ -211,6 +214,15 @@ def test_normalised_pixels_have_mean_0_and_unbiased_std_1():
     torch.testing.assert_close(target.std(dim=2), torch.ones(4, 16), rtol=1e-4, atol=1e-4)
     flat = model.target(torch.ones(2, 3, 32, 32))
     assert flat.abs().max() == 0  # a patch of one value: no division by zero
+
+
+def test_statistics_of_nearly_flat_patches():
+    """Where the 1e-6 shows: it is added to the variance, below the root."""
+    patches = 1e-3 * torch.randn(2, 4, 48, dtype=torch.float64)
+    mean, std = layers.patch_statistics(patches)
+    pixels = patches.numpy()
+    torch.testing.assert_close(mean[..., 0], torch.from_numpy(pixels.mean(axis=2)))
+    torch.testing.assert_close(std[..., 0], torch.from_numpy((pixels.var(axis=2, ddof=1) + 1e-6) ** 0.5))
 
 
 def test_nothing_hidden_is_loss_0():
@@ -296,7 +308,7 @@ def test_every_decoder_token_sits_at_its_own_position(size, kind, monkeypatch):
 
 def test_positions_are_row_and_column_of_the_grid():
     """By hand, at one patch of a non-square grid: the column first, as in the published weights (M17)."""
-    table, row, column, D = layers.sincos_positions((3, 5), 16), 2, 4, 16
+    table, row, column, D = layers.sincos_positions((3, 5), 16), 1, 3, 16
     frequencies = torch.tensor([10000 ** (-i / 4) for i in range(4)], dtype=torch.float64)
     by_hand = [f(x * frequencies) for x in (column, row) for f in (torch.sin, torch.cos)]
     assert table.shape == (1, 16, D) and table[:, 0].abs().max() == 0
@@ -406,7 +418,7 @@ def test_bf16_autocast_keeps_target_and_loss_in_fp32(options):
     exact = model(imgs, noise)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(imgs, noise)
-        assert model.target(imgs).dtype == torch.float32
+        assert model.target(imgs.bfloat16()).dtype == torch.float32
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.02)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())

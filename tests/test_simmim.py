@@ -93,7 +93,7 @@ def test_hidden_pixels_are_in_the_loss_and_nowhere_else(kind):
 
 @pytest.mark.parametrize("target", ["pixels", "window_pixels"])
 def test_the_loss_by_hand(target):
-    model = build(target=target)
+    model = build(target=target, in_chans=4)
     imgs, noise = batch(model)
     hidden, to_paint = hidden_pixels(model, noise).expand_as(imgs), model.target(imgs)
     errors = (predict(model, imgs, noise) - to_paint).abs()
