@@ -356,6 +356,25 @@ def test_the_explicit_attention_path_equals_sdpa():
     torch.testing.assert_close(maps.sum(dim=3), torch.ones(2, 4, 17))
 
 
+def test_the_explicit_attention_path_adds_the_bias_too():
+    attention = layers.Attention(8, 2)
+    q, k, v = torch.randn(3, 2, 2, 5, 4)  # each (B, heads, N, D/heads)
+    bias = torch.randn(2, 1, 5, 5)
+    fast = attention.attend(q, k, v, bias)
+    attention.keep_maps = True
+    torch.testing.assert_close(attention.attend(q, k, v, bias), fast)
+
+
+def test_noise_decides_which_blocks_an_image_skips():
+    encoder = models.build("vit_tiny", (32, 32), 8, drop_path=0.5).train()
+    tokens, noise = encoder.embed(torch.randn(2, 3, 32, 32)), torch.ones(2, 2 * len(encoder.blocks))
+    noise[1] = 0  # it skips what it may: all but the first block
+    latent, without = encoder.encode(tokens, noise=noise), encoder.encode(tokens)
+    assert not torch.allclose(latent[0], without[0])  # branches that are kept count for those that are not
+    encoder.blocks = encoder.blocks[:1]
+    torch.testing.assert_close(latent[1], encoder.encode(tokens)[1])
+
+
 # Gradients and options
 
 

@@ -66,6 +66,21 @@ def test_window_attention_by_definition():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("grid,reduction,pooled", [((12, 12), 8, (2, 2)), ((3, 5), 2, (2, 3)), ((4, 6), 2, (2, 3))])
+def test_pooled_keys_are_means_of_their_part_of_the_map(grid, reduction, pooled):
+    """What is left at the right and at the bottom of a map is a part, too."""
+    attention = layers.PooledAttention(8, 2, reduction)
+    nn_init(attention)
+    x = torch.randn(2, grid[0] * grid[1], 8)
+    image, means = x.view(2, *grid, 8), []
+    for i in range(pooled[0]):
+        for j in range(pooled[1]):
+            rows, columns = slice(i * reduction, (i + 1) * reduction), slice(j * reduction, (j + 1) * reduction)
+            means.append(image[:, rows, columns].mean(dim=(1, 2)))
+    expected = attention.norm(attention.sr(torch.stack(means, dim=1)))
+    torch.testing.assert_close(attention.reduce(x, grid), expected, rtol=1e-4, atol=1e-5)
+
+
 def nn_init(module):
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
