@@ -12,7 +12,6 @@ import functools
 import itertools
 import math
 import os
-import signal
 import sys
 import types
 
@@ -22,7 +21,7 @@ import torchvision
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import transforms
+from common import processes, transforms
 from common.config import fail
 from common.images import Broken, Folder
 from common.randomness import noise, seed_of
@@ -295,21 +294,17 @@ def in_order(n, micro_batch, rank=0, world_size=1):
 
 # ---------------------------------------- Loading
 
-def ignore_signals(worker):
-    """Ctrl-C and SIGTERM reach a whole process group; the main process decides when workers end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def loader(dataset, index_lists, workers=0):
     """Iterate over (imgs uint8 (b, C, H, W), labels (b,), positions (b,)) of an Images data set,
-    for lists of (epoch, index, position). Exits with code 2 if too many files are broken."""
+    for lists of (epoch, index, position). Exits with code 2 if too many files are broken, or if one
+    of the workers was killed."""
     batches = torch.utils.data.DataLoader(
-        dataset, batch_sampler=index_lists, num_workers=workers, worker_init_fn=ignore_signals,
+        dataset, batch_sampler=index_lists, num_workers=workers,
+        worker_init_fn=processes.ignore_signals,
         collate_fn=tuple,  # __getitems__ has made a batch already
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())  # its own: the global one would lose a number
-    for imgs, labels, positions, broken in batches:
+    for imgs, labels, positions, broken in processes.iterate(batches):
         try:
             dataset.count(broken, imgs)
         except ValueError as error:

@@ -441,7 +441,8 @@ def main(argv=None):
         sampler = data.global_batches(len(dataset), cfg, run)
         optimizer = build_optimizer(cfg, model)
         schedule = optim.Schedule(cfg, sampler.steps_per_epoch)
-        start_step = run.begin(model, optimizer, schedule, sampler, images=len(dataset))
+        start_step = run.begin(model, optimizer, schedule, sampler, dataset,
+                               images=len(dataset))
     if cfg.head_start == "probe" and start_step == 0:
         plain = data.evaluation(data.labelled_set(cfg, "train", augment=False), cfg, run)
         features, labels = neighbours.extract(run, model.encoder, plain, model.pool)

@@ -268,7 +268,7 @@ def main(argv=None):
         groups = optim.parameter_groups(model, cfg.weight_decay)
         optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
         schedule = optim.Schedule(cfg, sampler.steps_per_epoch)
-        start_step = run.begin(model, optimizer, schedule, sampler,
+        start_step = run.begin(model, optimizer, schedule, sampler, dataset,
                                loss_of_trivial_predictors=prepare(model, *preview))
     net = run.distribute(model)
     batches = data.loader(dataset, sampler.batches(start_step, run.last_step), cfg.workers)

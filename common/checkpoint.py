@@ -2,16 +2,24 @@
 that a hostile or damaged file is refused before anything of it is used.
 
 They hold tensors and plain data only. `last.pt`, from which a stopped run goes on, is {"model": all of it, "optimizer",
-"scaler", "step", "config"}. `encoder.pt` travels: see weights.py.
+"scaler", "step", "config", "images", "logged_step", "loss_sum"}. `encoder.pt` travels: see weights.py.
 """
 
+import argparse
 import contextlib
+import math
 import os
 import pickle
 import zipfile
 from pathlib import Path
 
 import torch
+
+from common import folder
+
+
+class OtherRun(ValueError):
+    """A last.pt that is whole, and belongs to a run of other options or images. Its predecessor does, too."""
 
 
 def write(path, content):
@@ -23,7 +31,7 @@ def write(path, content):
 def write_together(contents):
     """`write` files of one folder, {path: content}: none takes its place before all are written. The first one is last
     to do so: a run resumes from it, and writes the others again."""
-    parts = [(Path(path), Path(f"{path}.tmp"), content) for path, content in contents.items()]
+    parts = [(Path(path), folder.temporary(Path(path)), content) for path, content in contents.items()]
     try:
         for path, temporary, content in parts:
             write_temporary(path, temporary, content)
@@ -38,15 +46,16 @@ def write_together(contents):
             os.replace(path, previous(path))
         os.replace(temporary, path)
     with contextlib.suppress(PermissionError):  # Windows opens no folders
-        folder = os.open(parts[0][0].parent, os.O_RDONLY)
-        os.fsync(folder)  # makes the renames outlast a power cut
-        os.close(folder)
+        descriptor = os.open(parts[0][0].parent, os.O_RDONLY)
+        os.fsync(descriptor)  # makes the renames outlast a power cut
+        os.close(descriptor)
 
 
 def write_temporary(path, temporary, content):
     """Write, sync and read back the file that will become `path`. OSError if one of these fails."""
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that had the same number and was killed
+        with open(temporary, "xb") as file:  # a new file: never through a link
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
@@ -70,25 +79,67 @@ def read(path, classes=(), has_checksums=True):
         raise ValueError(f"{path} is not a whole checkpoint: {wrong}")
     try:
         with torch.serialization.safe_globals(list(classes)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain data, and is not opened") from error
     except Exception as error:  # rubbish behind right checksums raises anything
         raise ValueError(f"{path} is not a checkpoint: {type(error).__name__}") from error
+    require_small(content, path)
+    return content
 
 
-def read_newest(path):
-    """`read(path)`; if that is damaged or gone, its predecessor, with a line that says so; or None."""
+def require_small(content, path, largest=10**6, deepest=100):
+    """ValueError if plain data has more than so many values, each counted as often as it would be printed, or is nested
+    deeper: a few hundred bytes may hold a list that doubles itself forty times."""
+    waiting, size = [(content, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, dict):
+            inside = [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            inside = list(value)
+        elif isinstance(value, argparse.Namespace):  # other people's options, see weights.py
+            inside = [vars(value)]
+        else:
+            inside = []
+        if isinstance(value, (str, bytes)):
+            size += len(value) // 100
+        elif isinstance(value, int):
+            size += value.bit_length() // 100
+        size += len(inside)
+        if size > largest or depth > deepest:
+            raise ValueError(f"{path} is not a checkpoint: its plain data is too large, or nested too deep")
+        waiting += [(part, depth + 1) for part in inside]
+
+
+def read_newest(path, use=lambda content, path: None):
+    """The content of `path`, after `use(content, path)`. If that is damaged or gone, or if `use` raises a ValueError
+    other than OtherRun, its predecessor's, with a line that says so. None if there is neither."""
     path = Path(path)
     if not exists(path):
         return None
     try:
-        return read(path)
+        return read_and_use(path, use)
+    except OtherRun:
+        raise
     except (ValueError, FileNotFoundError) as error:
         if not previous(path).exists():
             raise
-        print(f"{error}; going on from {previous(path)}", flush=True)
-        return read(previous(path))
+        wrong = error
+    try:
+        content = read_and_use(previous(path), use)
+    except OtherRun:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{wrong}; and {error}") from error
+    print(f"{wrong}; going on from {previous(path)}", flush=True)
+    return content
+
+
+def read_and_use(path, use):
+    content = read(path)
+    use(content, path)
+    return content
 
 
 def exists(path):
@@ -125,10 +176,28 @@ def damage(path):
 # ---------------------------------------- Checked before anything is copied
 
 def require_run(saved, path):
-    """ValueError unless `saved`, the content of `path`, has the parts of a last.pt."""
+    """ValueError unless `saved`, the content of `path`, has the parts of a last.pt. Those that files of earlier
+    versions lack are not checked where they are missing."""
     kinds = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "step": int}
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), kinds[k]) for k in kinds) or saved["step"] < 0:
+    later = {"images": dict, "logged_step": int, "loss_sum": float}
+
+    def is_kind(value, kind):
+        return isinstance(value, kind) and not isinstance(value, bool)
+
+    if not isinstance(saved, dict) or not all(is_kind(saved.get(name), kind) for name, kind in kinds.items()) \
+            or not all(is_kind(saved[name], kind) for name, kind in later.items() if name in saved) \
+            or not 0 <= saved.get("logged_step", 0) <= saved["step"] or not math.isfinite(saved.get("loss_sum", 0.0)):
         raise ValueError(f"{path} is not a last.pt of this project")
+
+
+def first_not_finite(content, name=""):
+    """The name, such as model/head.weight, of a tensor in a nest of dicts that holds a NaN or an infinity; or None."""
+    if isinstance(content, torch.Tensor):
+        return None if torch.isfinite(content).all() else name
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if found := first_not_finite(value, f"{name}/{key}" if name else str(key)):
+            return found
+    return None
 
 
 def load_exactly(model, tensors, path):
@@ -141,34 +210,81 @@ def load_exactly(model, tensors, path):
 def require_state(own, tensors, path):
     """ValueError unless `tensors` has the names of `own`, and for each a finite tensor like it."""
     if own.keys() != tensors.keys():
-        missing, unknown = sorted(own.keys() - tensors.keys())[:3], sorted(tensors.keys() - own.keys())[:3]
-        raise ValueError(f"{path} is of another architecture: it lacks {missing} and has unknown {unknown}")
+        missing, unknown = own.keys() - tensors.keys(), map(str, tensors.keys() - own.keys())
+        raise ValueError(f"{path} is of another architecture: it lacks {sorted(missing)[:3]} and has unknown "
+                         f"{sorted(unknown)[:3]}")
     for name, tensor in own.items():
         require_like(tensor, tensors[name], f"{path}, {name}")
 
 
 def require_like(expected, found, name):
-    """ValueError unless `found` is a finite tensor of the shape and dtype of `expected`."""
+    """ValueError unless `found` is a finite, dense tensor in memory of the shape and dtype of `expected`."""
     wanted = f"{tuple(expected.shape)} {expected.dtype}"
-    kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else type(found).__name__
+    kind = type(found).__name__
+    if isinstance(found, torch.Tensor):
+        kind = f"{tuple(found.shape)} {found.dtype}"
+        if found.layout != torch.strided or found.device.type != "cpu":
+            kind += f" {found.layout} on {found.device}"
     if kind != wanted:
         raise ValueError(f"{name} should be {wanted}, not {kind}")
     if not torch.isfinite(found).all():
         raise ValueError(f"{name} holds values that are not finite")
 
 
-def load_optimizer(optimizer, state, path):
-    """Copy an optimizer's state back. ValueError before anything is copied if it does not fit."""
+# What an optimizer keeps of a parameter once it has made a step
+MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}, "LARS": {"momentum_buffer"}}
+# Options of a group that a step sets anew, or that choose its implementation and not what it computes
+FREE_OPTIONS = {"lr", "fused", "foreach", "capturable", "differentiable"}
+
+
+def load_optimizer(optimizer, saved, path, steps=0):
+    """Copy an optimizer's state back. ValueError before anything is copied if it does not fit, or cannot be what so
+    many steps leave behind (0 if that is not known)."""
+    own = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = [group["names"] for group in optimizer.param_groups]
     try:
-        saved_names = [group.get("names") for group in state["param_groups"]]
-        if saved_names != names or not set(state["state"]) <= set(range(len(parameters))):
-            raise ValueError(f"{path}: the optimizer was saved with other parameter groups")
-        for index, moments in state["state"].items():
+        require_groups(own["param_groups"], saved["param_groups"], path)
+        state = saved["state"]
+        all_indices = set(range(len(parameters)))
+        if not set(state) <= all_indices or (steps and set(state) != all_indices):
+            raise ValueError(f"{path}: the optimizer's state is not that of these {len(parameters)} parameters")
+        for index, moments in state.items():
+            if moments.keys() != MOMENTS[type(optimizer).__name__]:
+                raise ValueError(f"{path}: the optimizer's state is that of another kind of optimizer")
             for name, value in moments.items():
-                expected = torch.zeros(()) if name == "step" else parameters[index]
-                require_like(expected, value, f"{path}, {name} of optimizer parameter {index}")
+                what = f"{path}, {name} of optimizer parameter {index}"
+                require_like(torch.zeros(()) if name == "step" else parameters[index], value, what)
+                is_step_of_run = name != "step" or not steps or 0 < value <= steps
+                if not is_step_of_run or (name == "exp_avg_sq" and (value < 0).any()):
+                    raise ValueError(f"{what} is out of range")
     except (AttributeError, KeyError, IndexError, TypeError) as error:  # of nonsense
         raise ValueError(f"{path}: the optimizer's state is none: {error!r}") from error
-    optimizer.load_state_dict(state)
+
+    # The values alone, each in memory of its own; options are those of this run.
+    state = {index: {name: value.clone() for name, value in moments.items()} for index, moments in state.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+
+
+def require_groups(own, groups, path):
+    """ValueError unless saved groups of an optimizer hold the parameters and options of its `own`; an option that the
+    version of torch that saved them did not have is not checked."""
+    if len(groups) != len(own):
+        raise ValueError(f"{path}: the optimizer was saved with other parameter groups")
+    for ours, theirs in zip(own, groups, strict=True):
+        if theirs["names"] != ours["names"] or theirs["params"] != ours["params"]:
+            raise ValueError(f"{path}: the optimizer was saved with other parameter groups")
+        for name in ours.keys() & theirs.keys() - FREE_OPTIONS:
+            if repr(theirs[name]) != repr(ours[name]):  # True is not 1
+                raise ValueError(f"{path}: the optimizer was saved with {name} {theirs[name]!r}, not {ours[name]!r}")
+
+
+def load_scaler(scaler, saved, path):
+    """Copy the state of fp16's loss scaling back; nothing if either ran in another precision, as `auto` may on another
+    device. ValueError before anything is copied if it does not fit."""
+    own = scaler.state_dict()
+    if not own or not saved:
+        return
+    are_numbers = all(type(value) in (int, float) and 0 <= value < math.inf for value in saved.values())
+    if saved.keys() != own.keys() or not are_numbers:
+        raise ValueError(f"{path}: the state of the loss scaling is none")
+    scaler.load_state_dict(saved)

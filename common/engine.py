@@ -9,6 +9,9 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import errno
+import functools
+import hashlib
 import json
 import math
 import os
@@ -18,16 +21,44 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401  names the failed worker to torchrun
+from torch.distributed.elastic.multiprocessing import errors
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from common import checkpoint, config
+from common import checkpoint, config, folder, processes
 
-FILES = ("config.yaml", "log.jsonl", "result.json", "last.pt", "encoder.pt", "previous.last.pt", "previous.encoder.pt")
+FILES = ("config.yaml", "log.jsonl", "result.json", "last.pt", "encoder.pt", "previous.last.pt", "previous.encoder.pt",
+         "refused.last.pt")
+
+
+def record(main):
+    """A `main` whose failure torchrun names, and which ends in one line where memory or another process is gone."""
+    @errors.record
+    @functools.wraps(main)
+    def recorded(argv=None):
+        try:
+            return main(argv)
+        except (MemoryError, RuntimeError) as error:
+            fail_for_want(error)
+            raise
+
+    return recorded
+
+
+def fail_for_want(error):
+    """`config.fail` if an error says that there is no memory, or that another process of the run has ended."""
+    first_line = str(error).partition("\n")[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in first_line:
+        config.fail(f"not enough memory: {first_line}; --plan prints how much a smaller --micro_batch, image or model "
+                    "needs", everywhere=True)
+    if isinstance(error, dist.DistError) or "gloo" in first_line:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)  # torchrun ends this process, too; where nobody does, the line below says why it ends
+        config.fail(f"another process of this run has ended, and says why: {first_line}")
 
 
 class Run:
@@ -40,6 +71,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg = cfg
+        processes.end_with_torchrun()
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
@@ -50,12 +82,13 @@ class Run:
             check_batch(cfg, self.world_size)
             self.device, self.dtype = choose_device(cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.out = Path(cfg.out)
+        self.out, self.lock = Path(cfg.out), folder.Lock(cfg.out)
 
         # The loop's progress; `begin` sets the first line
         self.start_step = self.last_step = self.steps_per_epoch = self.steps_done = 0
         self.caught_signal, self.stop_requested = 0, False  # by this process, by any process
         self.previous_handlers, self.bar, self.batches = {}, None, None
+        self.images_of_run, self.goes_on_from = {}, None  # see describe_images; the checkpoint that was loaded
         self.logged_step, self.images, self.loss_sum, self.data_wait = 0, 0, 0.0, 0.0  # since the last line of the log
         self.term_sums = collections.Counter()  # of the parts of a loss that has several
         self.begin_time = self.log_time = self.save_time = time.monotonic()
@@ -63,13 +96,15 @@ class Run:
         if self.world_size > 1 and not cfg.plan:
             timeout = datetime.timedelta(minutes=cfg.timeout_minutes)
             store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-            store = dist.PrefixStore(cfg.out, store)  # one command may make several runs; none reads another's keys
+            # One command may make several runs, and --max-restarts several attempts: none reads another's keys
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"{attempt}/{cfg.out}", store)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         torch.manual_seed(cfg.seed)  # of the weights; whatever comes later draws from randomness.seed_of
 
     # -------------------- Before the loop
-    def begin(self, model, optimizer, schedule, sampler, **about):
+    def begin(self, model, optimizer, schedule, sampler, dataset, **about):
         """Make --out this run's folder, load the checkpoint if --resume finds one, set up signals and progress bar.
         Returns the step to begin with. `about` is printed and kept in config.yaml. ValueError or OSError, and --out is
         left alone, if it is used or not writable, or if the checkpoint does not fit."""
@@ -77,14 +112,19 @@ class Run:
         require_two_images(model, sampler)
         if schedule.steps < 1:
             raise ValueError(f"--epochs {cfg.epochs:g} of {sampler.steps_per_epoch} steps each make no step")
-        saved = checkpoint.read_newest(self.out / "last.pt") if cfg.resume else None
-        if saved is not None:
-            self.restore(saved, model, optimizer)
+        self.images_of_run = describe_images(dataset.source)
         about = {"warmup": schedule.warmup_steps, "lr": schedule.peak_lr, **about}
-        if self.is_main:
-            self.take_folder(saved, about)
+        with self.lock if self.is_main else contextlib.nullcontext():
+            saved = None
+            if cfg.resume:
+                restore = functools.partial(self.restore, model=model, optimizer=optimizer, schedule=schedule)
+                saved = checkpoint.read_newest(self.out / "last.pt", restore)
+            if self.is_main:
+                self.take_folder(saved, about)
 
         self.start_step = self.steps_done = self.logged_step = saved["step"] if saved else 0
+        if saved and "loss_sum" in saved:  # since the last line of the log; a file of an earlier version has none
+            self.logged_step, self.loss_sum = saved["logged_step"], saved["loss_sum"]
         self.last_step = min(cfg.max_steps or schedule.steps, schedule.steps)
         self.steps_per_epoch = sampler.steps_per_epoch
         self.previous_handlers = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -102,29 +142,55 @@ class Run:
         self.model = model
         return self.start_step
 
-    def restore(self, saved, model, optimizer):
-        """Copy a last.pt into model, optimizer and scaler. ValueError if it is of other options or sizes."""
-        path = self.out / "last.pt"
+    def restore(self, saved, path, model, optimizer, schedule):
+        """Copy `saved`, the last.pt at `path`, into model, optimizer and scaler. ValueError if it is none of this run;
+        its subclass OtherRun if it is one of other options or images."""
         checkpoint.require_run(saved, path)
         then = {**type(self.cfg)().fixed_options(), **saved["config"]}  # an option newer than the file had its default
         now = self.cfg.fixed_options()
         changed = [f"--{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value]
         if changed:
-            raise ValueError(f"--resume with other options: {', '.join(changed)}; give those a new --out")
+            raise checkpoint.OtherRun(f"--resume with other options: {', '.join(changed)}; give those a new --out")
+        images = saved.get("images", self.images_of_run)
+        if images != self.images_of_run:
+            number, number_then = self.images_of_run["number"], images.get("number")
+            then = "other ones" if number == number_then else number_then
+            raise checkpoint.OtherRun(f"--resume with other images: --data {self.cfg.data} holds {number} of them, and "
+                                      f"held {then} when this run began; give those a new --out")
+        if saved["step"] > schedule.steps:
+            raise ValueError(f"{path} is of step {saved['step']} in a run of {schedule.steps}")
         checkpoint.load_exactly(model, saved["model"], path)
-        checkpoint.load_optimizer(optimizer, saved["optimizer"], path)
-        if saved["scaler"]:  # empty if what was saved ran in another precision, as auto may on another device
-            self.scaler.load_state_dict(saved["scaler"])
+        has_skipped = saved["scaler"] and not saved["optimizer"].get("state")  # fp16 may skip all of its first steps
+        checkpoint.load_optimizer(optimizer, saved["optimizer"], path, 0 if has_skipped else saved["step"])
+        checkpoint.load_scaler(self.scaler, saved["scaler"], path)
+        self.goes_on_from = path
 
     def take_folder(self, saved=None, about=None):
-        """Make --out this run's folder and write config.yaml: the resolved options, versions and git commit. Before
-        anything is removed, ValueError if it holds a run that neither --resume nor --overwrite says what to do with, or
-        weights that would be lost: those that this run starts from, or any, if it evaluates alone; OSError if it cannot
-        be written."""
+        """Make --out this run's folder, until it ends, and write config.yaml: the resolved options, versions and git
+        commit. ValueError or OSError before anything is removed, see `require_usable`, or if it cannot be written."""
+        with self.lock:
+            used = self.require_usable(saved)
+            for part in [part for name in FILES for part in self.out.glob(f"{name}*.tmp")]:
+                part.unlink()  # of a run that was killed while it saved
+            last = self.out / "last.pt"
+            if saved:
+                self.shorten_log(saved["step"])
+                if self.goes_on_from != last and last.exists():  # or else it would take the place of its predecessor
+                    os.replace(last, self.out / "refused.last.pt")
+            else:
+                for path in used:
+                    path.unlink()
+            origin = {"command": " ".join(sys.argv), "commit": config.git_commit(), "torch": str(torch.__version__),
+                      "python": platform.python_version(), "device": str(self.device), "dtype": str(self.dtype),
+                      "processes": self.world_size, **(about or {})}
+            content = config.to_plain({**dataclasses.asdict(self.cfg), "run": origin})
+            folder.write_text(self.out / "config.yaml", yaml.safe_dump(content, sort_keys=False))
+
+    def require_usable(self, saved):
+        """The files of a run that --out holds. ValueError if neither --resume nor --overwrite says what to do with
+        them, if this run starts from some, or evaluates alone and would remove weights, or if some lead elsewhere."""
         cfg, out = self.cfg, self.out
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is a file")
-        used = [out / name for name in FILES if (out / name).exists()]
+        used = [out / name for name in FILES if os.path.lexists(out / name)]
         has_weights = any(path.suffix == ".pt" for path in used)  # --resume does not begin anew over weights
         may_begin = saved or cfg.overwrite or (cfg.resume and not has_weights)
         if used and not may_begin:
@@ -134,29 +200,18 @@ class Run:
         sources = [Path(getattr(cfg, name, "none")).resolve() for name in ("init", "teacher")]
         if not saved and any(path.resolve() in sources for path in used):
             raise ValueError(f"--out {out} holds what this run starts from, or would replace it: name another")
-
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").write_text("yes")
-        (out / ".writable").unlink()
-        if saved:
-            self.shorten_log(saved["step"])
-        else:
-            for path in used:
-                path.unlink()
-        origin = {"command": " ".join(sys.argv), "commit": config.git_commit(), "torch": str(torch.__version__),
-                  "python": platform.python_version(), "device": str(self.device), "dtype": str(self.dtype),
-                  "processes": self.world_size, **(about or {})}
-        content = config.to_plain({**dataclasses.asdict(cfg), "run": origin})
-        (out / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        for path in [out / "pictures", *(used if saved else ())]:
+            folder.require_no_link(path)
+        return used
 
     def shorten_log(self, step):
         """Remove what the log holds beyond a checkpoint: those steps will be done and written again."""
         path, kept = self.out / "log.jsonl", []
-        for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # half a line, as a power cut leaves it
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, as a power cut leaves it
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
-        path.write_text("".join(kept))
+                    kept.append(line.decode() + "\n")
+        folder.write_text(path, "".join(kept))
 
     def catch(self, number, frame):
         """The first Ctrl-C or SIGTERM makes the loop save and stop after its step; a second is not caught."""
@@ -184,11 +239,12 @@ class Run:
         return self.batches
 
     def count_waiting(self, batches):
-        begin = time.monotonic()
-        for batch in batches:
-            self.data_wait += time.monotonic() - begin
-            yield batch
+        with contextlib.closing(batches):
             begin = time.monotonic()
+            for batch in batches:
+                self.data_wait += time.monotonic() - begin
+                yield batch
+                begin = time.monotonic()
 
     def sync_gradients(self, net, is_last):
         """While gradients accumulate, processes exchange them once a step: in the backward of the last micro-batch."""
@@ -250,9 +306,14 @@ class Run:
 
     def note(self, **line):
         """Append a line to log.jsonl."""
-        if self.is_main:
-            with config.user_errors(), open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+        if not self.is_main:
+            return
+        path, content = self.out / "log.jsonl", (json.dumps(line) + "\n").encode()
+        with config.user_errors(), open(path, "ab", buffering=0, opener=folder.no_links) as file:
+            size = file.tell()
+            if file.write(content) < len(content):  # the disk is full: no half a line
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     def due(self, step, epochs):
         """Is it time, after this step, for what happens every so many epochs (0 for never) and after the last step?"""
@@ -276,15 +337,19 @@ class Run:
     def save(self, step, model, optimizer, encoder=None, **more):
         """Write last.pt, to resume from, and encoder.pt, to fine-tune: `encoder`, or else the model's, and `more`."""
         self.save_time = time.monotonic()
-        if not self.is_main:
-            return
         encoder = encoder or model.encoder
         last = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "step": step + 1, "config": self.cfg.fixed_options()}
+                "step": step + 1, "config": self.cfg.fixed_options(), "images": self.images_of_run,
+                "logged_step": self.logged_step, "loss_sum": float(self.loss_sum)}
         weights = {"arch": config.to_plain(encoder.arch), "model": encoder.state_dict(), "step": step + 1,
                    "method": type(model).__name__, **more}
-        with config.user_errors():
-            checkpoint.write_together({self.out / "last.pt": last, self.out / "encoder.pt": weights})
+        if name := checkpoint.first_not_finite({"last.pt": last, "encoder.pt": weights}):  # on all processes alike
+            leave_processes()
+            config.fail(f"step {step} left values that are not finite ({name}): nothing was saved, and what was saved "
+                        "before is as it was; try --precision bf16 or fp32, a lower --base_lr, --clip_grad 1")
+        if self.is_main:
+            with config.user_errors():
+                checkpoint.write_together({self.out / "last.pt": last, self.out / "encoder.pt": weights})
 
     # -------------------- After the loop
     def finish(self):
@@ -293,6 +358,7 @@ class Run:
         self.batches.close()
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+        self.lock.release()
         if self.world_size > 1:  # any process may have caught it; and all wait until the main one has written
             caught = torch.tensor(self.caught_signal, device=self.device)
             dist.all_reduce(caught, dist.ReduceOp.MAX)
@@ -334,6 +400,13 @@ def choose_device(cfg):
         automatic = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     precision = automatic if cfg.precision == "auto" else cfg.precision
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def describe_images(source):
+    """Number and hash of the files of a source, or, where it has none, of its labels."""
+    names = np.asarray(getattr(source, "paths", ()))
+    digest = hashlib.blake2b(names.tobytes() + np.asarray(source.labels).tobytes(), digest_size=16)
+    return {"number": len(source), "hash": digest.hexdigest()}
 
 
 def require_two_images(model, sampler):

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from common import neighbours
+from common import folder, neighbours
 from common.transforms import normalize
 
 LARGEST = 1000  # classes that have a confusion matrix: that of 8,142 would take half a gigabyte, in every batch
@@ -83,4 +83,4 @@ def report(run, result, **about):
     if run.is_main:
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  mean of classes "
               f"{result['mean_per_class']:.2f} %  of {result['images']} images", flush=True)
-        (run.out / "result.json").write_text(json.dumps({**about, **result}, indent=1) + "\n")
+        folder.write_text(run.out / "result.json", json.dumps({**about, **result}, indent=1) + "\n")

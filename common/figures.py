@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from common.config import print_once, user_errors
+from common.folder import replacing
 
 
 @functools.cache
@@ -28,7 +29,8 @@ def new_figure(width, height):
     def save(path):
         with user_errors():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=120)
+            with replacing(path) as part:
+                figure.savefig(part, dpi=120, format=Path(path).suffix[1:] or "png")
 
     return figure, save
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import models
-from common import checkpoint, layouts, weights
+from common import checkpoint, folder, layouts, weights
 from common.config import Size, parse_value, user_errors
 from common.layers import offset_index, raster, window_sizes
 from common.randomness import seed_of
@@ -116,14 +116,11 @@ def export(saved, path, target, out):
 
 
 def write_safetensors(out, tensors, metadata):
-    """OSError, and no file, if the disk is full."""
+    """OSError, and what was there, if the disk is full."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     content = weights.safetensors_library().torch.save(tensors, metadata)
-    try:
-        out.write_bytes(content)
-    except OSError:
-        out.unlink(missing_ok=True)
-        raise
+    with folder.replacing(out) as part:
+        part.write_bytes(content)
 
 
 def pack(saved):

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 import data
 import models
-from common import checkpoint, config, engine, figures, layouts, optim, plan, randomness, transforms, weights
+from common import checkpoint, config, engine, figures, folder, layouts, optim, plan, randomness, transforms, weights
 from tools.dense_data import dense_set
 from tools.dense_tasks import TASKS, accuracy, pictures
 
@@ -165,7 +165,7 @@ def report(cfg, run, model, dataset, **about):
     result = accuracy(run, model, data.evaluation(dataset, cfg, run))
     if run.is_main:
         print(", ".join(f"{name} {value}" for name, value in result.items() if name != "per_class"), flush=True)
-        (run.out / "result.json").write_text(json.dumps({**about, **result}, indent=1) + "\n")
+        folder.write_text(run.out / "result.json", json.dumps({**about, **result}, indent=1) + "\n")
         figures.grid(run.out / "pictures" / f"{cfg.task}.png", pictures(model, dataset, run), cfg.task)
 
 
@@ -193,7 +193,7 @@ def main(argv=None):
         groups = optim.parameter_groups(model, cfg.weight_decay, optim.layer_decay(model, cfg.layer_decay))
         optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
         schedule = optim.Schedule(cfg, sampler.steps_per_epoch)
-        start_step = run.begin(model, optimizer, schedule, sampler, images=len(dataset))
+        start_step = run.begin(model, optimizer, schedule, sampler, dataset, images=len(dataset))
     net = run.distribute(model)
     batches = data.loader(dataset, sampler.batches(start_step, run.last_step), cfg.workers)
     batches = run.timed(batches)

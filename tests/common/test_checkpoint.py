@@ -136,8 +136,7 @@ def test_what_does_not_read_back_is_not_kept(tmp_path, monkeypatch):
     checkpoint.write(tmp_path / "a.pt", content(1))
     before, sync = snapshot(tmp_path), os.fsync
     def lie(descriptor):
-        path = tmp_path / "a.pt.tmp"
-        if path.exists():
+        for path in tmp_path.glob("a.pt.*.tmp"):
             bad = bytearray(path.read_bytes())
             bad[len(bad) // 3] ^= 1
             path.write_bytes(bad)
