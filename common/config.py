@@ -78,6 +78,7 @@ class RunConfig:
             raise ValueError(f"--shift {self.shift} must be less than the {min(self.img_size)} pixels of --img_size")
         if abs(self.seed) >= 2**63:
             raise ValueError(f"--seed {self.seed} does not fit 64 bits")
+        require_possible(self)
 
     def evaluates_only(self):
         """Do the options ask for an evaluation alone, without a step of training?"""
@@ -113,6 +114,24 @@ def in_range(cfg, **ranges):
             raise ValueError(f"--{name} must {words.get(interval, f'lie in {interval}')}, not {value}")
 
 
+# More than any machine takes; of what is not listed, 65,536 if it is a size, and a billion if it is no whole number
+LARGEST = {"in_chans": 2**10, "workers": 2**10, "decoder_depth": 2**10, "seed": 2**63}
+LARGEST |= dict.fromkeys("batch_size micro_batch lr_batch labels probe_labels max_steps log_every".split(), 2**40)
+LARGEST_IMAGE = 2**26  # pixels
+
+
+def require_possible(cfg):
+    """ValueError for numbers that could only end in want of memory, or never."""
+    for name, value in vars(cfg).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            largest = LARGEST.get(name, 2**16 if isinstance(number, int) else 10**9)
+            if isinstance(number, (int, float)) and abs(number) > largest:
+                raise ValueError(f"--{name} {number} is more than {largest}")
+    if math.prod(cfg.img_size) > LARGEST_IMAGE:
+        raise ValueError(f"--img_size {cfg.img_size[0]}x{cfg.img_size[1]} is more than {LARGEST_IMAGE} pixels")
+
+
 def is_main():
     """Is this the process that prints and writes? Known before a process group is joined."""
     return os.environ.get("RANK", "0") == "0"
@@ -128,7 +147,10 @@ def fail(message, everywhere=False):
     """Exit with code 2 and one line on stderr, for what a user can put right. All processes fail alike and the main one
     prints; `everywhere=True` is for what only one of them can see."""
     if everywhere or is_main():
-        print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+        line = " ".join(str(message).split())
+        if len(line) > 2000:
+            line = line[:2000] + " ..."
+        print(f"error: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)  # torchrun ends all processes as soon as one has failed, before the main one may have printed
     raise SystemExit(2)
@@ -264,9 +286,13 @@ def read_yaml(path, script):
     """A recipe file as {key: value}. A section named like a script, such as `mae:`, counts for that script alone; the
     section `run` of a run's own config.yaml is passed over. Exits with code 2 if the file holds something else."""
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        fail(f"--config {path}: {error}")
+        if not Path(path).is_file():  # reading a pipe or a device may never end
+            raise FileNotFoundError("no such file, or no regular one")
+        text = Path(path).read_text()
+        require_small_yaml(text)
+        content = yaml.safe_load(text) or {}
+    except Exception as error:  # what is no YAML raises anything: `2001-99-99` a ValueError, `!!bool x` a KeyError
+        fail(f"--config {path}: {type(error).__name__} {error}")
     if not isinstance(content, dict):
         fail(f"--config {path} should hold lines of `key: value`")
     values, section = {}, {}
@@ -278,6 +304,29 @@ def read_yaml(path, script):
         elif key != "run" and not any((ROOT / room / f"{key}.py").exists() for room in (".", "tools")):
             fail(f"--config {path}: the section {key!r} is not named like a script, such as mae")
     return {**values, **section}
+
+
+def require_small_yaml(text, largest=10_000, deepest=20):
+    """ValueError if a text is longer than any recipe, nested deeper, or, with every *alias counted as what it stands
+    for, of more values: ten lines may stand for more than a memory holds."""
+    if len(text) > 10 * largest:
+        raise ValueError(f"{len(text)} characters are no recipe")
+    sizes, sums, names = {}, [0], []  # {anchor: values}; of the collections that are open: values so far, anchors
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            sums.append(1)
+            names.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size = sums.pop()
+            sizes[names.pop()] = size
+            sums[-1] += size
+        elif isinstance(event, yaml.AliasEvent):
+            sums[-1] += sizes.get(event.anchor, largest)  # unknown: it stands for what it is a part of
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[event.anchor] = 1
+            sums[-1] += 1
+        if len(sums) > deepest or sums[-1] > largest:
+            raise ValueError("its values are too many, or nested too deep, for a recipe")
 
 
 def to_plain(value):

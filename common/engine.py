@@ -4,7 +4,6 @@ A line that would change the loss, the gradient or the order of a step lives in 
 no-op on one GPU (no_sync), or runs once before or after the loop (set-up), or only looks on (statistics, log).
 """
 
-import atexit
 import collections
 import contextlib
 import dataclasses
@@ -36,7 +35,8 @@ FILES = ("config.yaml", "log.jsonl", "result.json", "last.pt", "encoder.pt", "pr
 
 
 def record(main):
-    """A `main` whose failure torchrun names, and which ends in one line where memory or another process is gone."""
+    """A `main` whose failure torchrun names, and with which its image-loading processes end, whatever ends it. Where
+    memory or another process is gone, it ends in one line."""
     @errors.record
     @functools.wraps(main)
     def recorded(argv=None):
@@ -45,6 +45,8 @@ def record(main):
         except (MemoryError, RuntimeError) as error:
             fail_for_want(error)
             raise
+        finally:
+            processes.end_workers()
 
     return recorded
 
@@ -232,10 +234,8 @@ class Run:
 
     # -------------------- Beside the loop
     def timed(self, batches):
-        """The same batches; the time spent waiting for them is counted for the log. They end with the run, whatever
-        ends it: image-loading processes do not listen to signals, and would be waited for."""
+        """The same batches; the time spent waiting for them is counted for the log."""
         self.batches = self.count_waiting(batches)
-        atexit.register(self.batches.close)
         return self.batches
 
     def count_waiting(self, batches):

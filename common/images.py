@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from common.config import print_once
+from common.folder import require_regular
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # whatever a name says; EPS runs programs
@@ -43,6 +44,7 @@ def decode(path, in_chans=3, min_side=0):
     """An image file as uint8 (C, h, w), upright by its EXIF tag; Broken if that cannot be done exactly. in_chans=None
     takes .npy files with any number of channels."""
     try:
+        require_regular(path)
         is_npy = path.lower().endswith(".npy")
         array = read_array(path) if is_npy else read_picture(path, in_chans, min_side)
         array = array.reshape(*array.shape[:2], -1)  # (h, w, C)

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing import connection
 
 from common import config
 
@@ -47,13 +48,23 @@ def iterate(batches):
         if workers and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from iterator
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, OSError, EOFError):  # what torch says, or what comes of the connection to one that is gone
+        ended = connection.wait([process.sentinel for process in workers], timeout=1)
+        if not ended:
             raise
         config.fail("an image-loading process was killed, maybe for want of memory: fewer --workers need less; what "
                     "was saved is intact, and --resume goes on from there", everywhere=True)
     finally:
-        for process in workers:
-            process.kill()
-        for process in workers:
-            process.join()
+        end(workers)
+
+
+def end_workers():
+    """End what `iterate` has started, also where an exception keeps it from being closed: in its traceback."""
+    end([process for process in multiprocessing.active_children() if process.daemon])
+
+
+def end(workers):
+    for process in workers:
+        process.kill()
+    for process in workers:
+        process.join()

@@ -62,6 +62,11 @@ def finish(process, timeout=120):
     return process.returncode, stdout, stderr
 
 
+def children(pid):
+    """The processes that a process has started, oldest first. (Of Linux.)"""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 # Forks
 
 

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 import data
 from common import images
+from common.folder import require_regular
 from common.shapes import SHAPES, shapes_batch
 from common.transforms import augmentation, with_defaults
 from tools.dense_tasks import UNKNOWN
@@ -74,6 +75,7 @@ class DenseFolder(images.Folder):
         return (tv_tensors.Image(image), tv_tensors.Mask(label)), 0
 
     def read(self, path):
+        require_regular(path)
         if path.suffix == ".npy":
             array = np.load(path, allow_pickle=False)
         else:

@@ -1,0 +1,127 @@
+"""processes.py: what a run has started ends with it, and a run ends with torchrun."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import log_of
+from processes import children, finish, fork, start, torchrun
+
+
+def wait_for(process, line):
+    for found in process.stdout:
+        if found.startswith(line):
+            return
+    raise AssertionError(f"no {line!r}")
+
+
+def alive(pids):
+    """Those that have not ended (a zombie has)."""
+    found = []
+    for pid in pids:
+        try:
+            state = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            continue
+        found += [pid] * (state != "Z")
+    return found
+
+
+def ended_within(seconds, pids):
+    deadline = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pids)
+
+
+@pytest.mark.parametrize("script", ["mae", "finetune"])
+def test_a_run_ends_when_a_worker_is_killed(tiny, tuned, tmp_path, script):
+    words = {"mae": tiny, "finetune": tuned}[script]
+    process = fork(f"{script}.py", *words(out=tmp_path / "run", epochs=500, workers=2))
+    wait_for(process, "step 3/")
+    [run] = children(process.pid)
+    workers = children(run)
+    os.kill(workers[0], signal.SIGKILL)
+    begin = time.monotonic()
+    code, _, err = finish(process, timeout=30)
+    assert code == 2, err
+    assert time.monotonic() - begin < 10 and ended_within(2, workers)
+    assert err.count("\n") == 1 and err.startswith("error: an image-loading process was killed"), err
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["workers", "stuck workers"])
+def test_a_run_with_workers_ends_after_an_exception(tiny, tmp_path, stopped):
+    """Also when they hang: here they were stopped."""
+    script = f"""
+import os, runpy, signal, sys, torch
+sys.path.insert(0, ".")
+import mae
+real, calls = mae.MAE.loss, []
+def loss(self, *words):
+    calls.append(1)
+    if len(calls) > 6:
+        me = os.getpid()
+        workers = open(f"/proc/{{me}}/task/{{me}}/children").read().split()
+        print("workers", *workers, flush=True)
+        for pid in workers if {stopped} else ():
+            os.kill(int(pid), signal.SIGSTOP)
+        raise ZeroDivisionError("a mistake")
+    return real(self, *words)
+mae.MAE.loss = loss
+mae.main(sys.argv[1:])
+"""
+    (tmp_path / "mistake.py").write_text(script)
+    process = fork(tmp_path / "mistake.py", *tiny(out=tmp_path / "run", workers=2))
+    workers = next(line for line in process.stdout if line.startswith("workers"))
+    begin = time.monotonic()
+    code, _, err = finish(process, timeout=30)
+    assert time.monotonic() - begin < 10 and code == 1 and "ZeroDivisionError: a mistake" in err
+    assert len(workers.split()) == 3 and ended_within(2, map(int, workers.split()[1:]))
+
+
+def test_a_save_goes_on_when_a_worker_is_killed_in_it(tiny, tmp_path):
+    """The death of a worker is noticed where a batch is waited for, and not in the midst of a checkpoint."""
+    script = """
+import os, signal, sys, time
+sys.path.insert(0, ".")
+import mae
+from common import checkpoint
+real = checkpoint.write_temporary
+def write(*words):
+    me = os.getpid()
+    for pid in open(f"/proc/{me}/task/{me}/children").read().split():
+        os.kill(int(pid), signal.SIGKILL)
+    time.sleep(0.2)
+    real(*words)
+checkpoint.write_temporary = write
+mae.main(sys.argv[1:])
+"""
+    (tmp_path / "save.py").write_text(script)
+    words = tiny(out=tmp_path / "run", workers=2, epochs=500, save_epochs=0.5)
+    code, _, err = finish(fork(tmp_path / "save.py", *words))
+    assert code == 2 and err.startswith("error: an image-loading process was killed") and err.count("\n") == 1, err
+    assert torch.load(tmp_path / "run" / "last.pt")["step"] == 2
+
+
+def test_ranks_end_with_a_torchrun_that_was_killed(tiny, tmp_path):
+    process = start(*torchrun(2, "mae.py", *tiny(out=tmp_path / "run", epochs=500)))
+    wait_for(process, "step 4/")
+    ranks = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert len(ranks) == 2 and ended_within(20, ranks)
+    assert torch.load(tmp_path / "run" / "last.pt")["step"] >= 4  # and have saved
+
+
+def test_a_restart_of_torchrun_goes_on(tiny, tmp_path):
+    """Of two attempts that share a store, none reads what the one before has left there."""
+    out = tmp_path / "run"
+    words = tiny(out=out, resume="true", epochs=500, save_epochs=0.5, max_steps=60)
+    process = start(*torchrun(2, "--max-restarts", "2", "mae.py", *words))
+    wait_for(process, "step 6/")
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    code, rest, err = finish(process)
+    assert code == 0, err[-2000:]
+    assert "to 60 of 2000" in rest and [line["step"] for line in log_of(out)] == list(range(1, 61))
