@@ -103,9 +103,9 @@ def require_small(content, path, largest=10**6, deepest=100):
         else:
             inside = []
         if isinstance(value, (str, bytes)):
-            size += len(value) // 100
+            size += len(value) // 10
         elif isinstance(value, int):
-            size += value.bit_length() // 100
+            size += value.bit_length() // 10
         size += len(inside)
         if size > largest or depth > deepest:
             raise ValueError(f"{path} is not a checkpoint: its plain data is too large, or nested too deep")

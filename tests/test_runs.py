@@ -25,7 +25,7 @@ from processes import finish, fork, start, torchrun
 
 import finetune
 import mae
-from common import config, engine
+from common import config, engine, optim
 
 SCRIPTS = {"mae": mae, "finetune": finetune}
 
@@ -101,6 +101,19 @@ BAD = [
     ("mae", {"crop_scale": "2,3"}, ["--crop_scale"]),
     ("mae", {"flip": 2}, ["--flip"]),
     ("mae", {"seed": 10**20}, ["--seed"]),
+    ("mae", {"img_size": 10**6}, ["--img_size", "1000000"]),
+    ("mae", {"img_size": "32768x32768"}, ["--img_size", "32768x32768", "pixels"]),
+    ("mae", {"decoder_width": 10**6}, ["--decoder_width", "1000000"]),
+    ("mae", {"decoder_depth": 10**6}, ["--decoder_depth", "1000000"]),
+    ("mae", {"in_chans": 10**6}, ["--in_chans", "1000000"]),
+    ("mae", {"workers": 10**6}, ["--workers", "1000000"]),
+    ("mae", {"epochs": 1e308}, ["--epochs", "1e+308"]),
+    ("mae", {"timeout_minutes": 1e300}, ["--timeout_minutes"]),
+    ("mae", {"data": "a" * 4000}, ["too long", "aaa"]),
+    ("mae", {"out": "a" * 4000}, ["too long", "aaa"]),
+    ("mae", {"config": "a" * 4000}, ["--config", "aaa"]),
+    ("finetune", {"init": "a" * 4000}, ["too long", "aaa"]),
+    ("finetune", {"batch_size": 10**13}, ["--batch_size"]),
     ("finetune", {"drop_pat": 0.1}, ["--drop_pat", "drop_path"]),
     ("finetune", {"init": "/no/such.pt"}, ["/no/such.pt"]),
     ("finetune", {"init": ROOT / "mae.py"}, ["mae.py"]),
@@ -125,7 +138,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("script,changes,names", BAD, ids=lambda v: str(v) if isinstance(v, dict) else None)
+@pytest.mark.parametrize("script,changes,names", BAD, ids=lambda v: str(v)[:80] if isinstance(v, dict) else None)
 def test_bad_input_is_one_line_and_writes_nothing(words_of, call, tmp_path, script, changes, names):
     done = call(SCRIPTS[script].main, words_of(script, **{"out": tmp_path / "run", "max_steps": 1, **changes}))
     one_line(done, *names)
@@ -350,7 +363,23 @@ SPOILED = {
     "other shape": respoil(model=lambda m: {**m, "mask_token": torch.zeros(1, 1, 64)}),
     "odd optimizer": respoil(optimizer=lambda o: {**o, "state": {0: {"exp_avg": torch.zeros(7, 9)}}}),
     "odd groups": respoil(optimizer=lambda o: {**o, "param_groups": 3}),
+    "encoder": lambda path: shutil.copy(path.with_name("encoder.pt"), path),
+    "step True": respoil(step=True), "step beyond": respoil(step=13),
+    "empty state": respoil(optimizer=lambda o: {**o, "state": {}}),
+    "maximize": respoil(optimizer=lambda o: {
+        **o, "param_groups": [{**group, "maximize": True} for group in o["param_groups"]]}),
+    "sparse": respoil(model=lambda m: {**m, "mask_token": m["mask_token"].to_sparse()}),
+    "doubled": respoil(config=lambda c: {**c, "mask": doubled(40)}), "odd images": respoil(images=[1]),
+    "odd sum": respoil(loss_sum=float("nan")), "odd log": respoil(logged_step=9),
 }
+
+
+def doubled(times):
+    """A list that a few hundred bytes hold, and no memory could print."""
+    value = "ab"
+    for _ in range(times):
+        value = [value, value]
+    return value
 
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
@@ -376,6 +405,105 @@ def test_a_damaged_checkpoint_with_a_predecessor_goes_on_from_there(tiny, call, 
     assert [line["step"] for line in log_of(out)] == list(range(1, 13))
 
 
+@pytest.mark.parametrize("spoil", ["encoder", "nan", "maximize", "empty"])
+def test_a_refused_checkpoint_with_a_predecessor_goes_on_from_there(tiny, call, tmp_path, finished, spoil):
+    """It is kept under another name, and does not take the place of its predecessor."""
+    out = tmp_path / "run"
+    assert call(mae.main, tiny(out=out, max_steps=3, save_epochs=0.25)).code == 0  # saved after every step
+    SPOILED[spoil](out / "last.pt")
+    bad, good = (out / "last.pt").read_bytes(), (out / "previous.last.pt").read_bytes()
+    done = call(mae.main, tiny(out=out, resume="true", max_steps=3, save_epochs=100))
+    assert done.code == 0 and "2 to 3" in done.out
+    [line] = [line for line in done.out.splitlines() if "going on from" in line]
+    assert line.startswith(str(out / "last.pt")) and line.endswith("previous.last.pt")
+    assert (out / "refused.last.pt").read_bytes() == bad and (out / "previous.last.pt").read_bytes() == good
+    assert torch.load(out / "last.pt")["step"] == 3
+
+
+def test_two_bad_checkpoints_are_both_named(tiny, call, tmp_path, finished):
+    out = shutil.copytree(finished["mae"], tmp_path / "run")
+    for name in ("last.pt", "previous.last.pt"):
+        shutil.copy(out / "encoder.pt", out / name)
+    before = snapshot(out)
+    one_line(call(mae.main, tiny(out=out, resume="true", max_steps=4)), "run/last.pt", "run/previous.last.pt")
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("script", ["mae", "finetune"])
+@pytest.mark.parametrize("change", ["one more", "renamed"])
+def test_resume_after_the_images_changed_is_refused(words_of, call, tmp_path, folder, script, change):
+    images, out = shutil.copytree(folder, tmp_path / "images"), tmp_path / "run"
+    words = {"data": images, "out": out, "max_steps": 1}
+    assert call(SCRIPTS[script].main, words_of(script, **words)).code == 0
+    first, number = images / "train" / "ant" / "0.png", len(list((images / "train").rglob("*.png")))
+    if change == "renamed":
+        first.rename(first.with_name("zzz.png"))
+    else:
+        shutil.copy(first, first.with_name("new.png"))
+    before = snapshot(out)
+    names = [f"holds {number + 1} ", f"held {number} "]
+    if change == "renamed":
+        names = [f"holds {number} ", "held other ones"]
+    one_line(call(SCRIPTS[script].main, words_of(script, **words, resume="true")), "--data", str(images), *names)
+    assert snapshot(out) == before
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tiny, call, tmp_path, finished):
+    """What it lacks is not checked."""
+    out = shutil.copytree(finished["mae"], tmp_path / "run")
+    respoil(images=None, loss_sum=None, logged_step=None)(out / "last.pt")
+    assert call(mae.main, tiny(out=out, resume="true", max_steps=3)).code == 0
+    assert torch.load(out / "last.pt")["step"] == 3
+
+
+def test_a_line_of_the_log_covers_the_same_steps_after_a_resume(tiny, call, tmp_path, monkeypatch):
+    assert call(mae.main, tiny(out=tmp_path / "whole", log_every=5)).code == 0
+    out = tmp_path / "run"
+    for stop in (3, 8):
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            assert call(mae.main, tiny(out=out, resume="true", log_every=5)).code == 128 + signal.SIGTERM
+    assert call(mae.main, tiny(out=out, resume="true", log_every=5)).code == 0
+    one, two = ([(line["step"], line["loss"]) for line in log_of(path)] for path in (tmp_path / "whole", out))
+    assert one == two and [step for step, _ in one] == [5, 10, 12]
+
+
+def test_two_runs_in_one_folder_are_refused(tiny, call, tmp_path):
+    out = tmp_path / "run"
+    process = fork("mae.py", *tiny(out=out, epochs=500))
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    for words in ({"resume": "true"}, {"overwrite": "true"}, {}):
+        code, _, err = finish(fork("mae.py", *tiny(out=out, epochs=500, **words)))
+        assert code == 2 and err.count("\n") == 1 and f"--out {out} is in use by another run" in err, err
+    os.killpg(process.pid, signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGTERM and err == "" and not (out / ".lock").exists()
+    steps = [line["step"] for line in log_of(out)]
+    assert steps == list(range(1, len(steps) + 1)) and torch.load(out / "last.pt")["step"] == steps[-1]
+
+
+LINKS = ["last.pt", "log.jsonl", "config.yaml", "encoder.pt", "previous.last.pt", "result.json", ".writable",
+         "last.pt.tmp", "pictures"]
+
+
+@pytest.mark.parametrize("how", ["new", "overwrite", "resume"])
+def test_nothing_is_written_through_a_link(tiny, call, tmp_path, finished, how):
+    """Each name in turn leads to a file elsewhere, or to none."""
+    for name in LINKS:
+        for victim in (tmp_path / "victim", tmp_path / "none"):
+            out = tmp_path / f"{name} to {victim.name}"
+            shutil.copytree(finished["mae"], out) if how == "resume" else out.mkdir()
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+            (tmp_path / "victim").write_text("mine")
+            (out / name).symlink_to(victim)
+            words = {how: "true"} if how != "new" else {}
+            done = call(mae.main, tiny(out=out, max_steps=3, **words))
+            assert done.code in (0, 2) and done.err.count("\n") <= 1, (name, done.err)
+            assert (tmp_path / "victim").read_text() == "mine" and not (tmp_path / "none").exists(), name
+
+
 def test_half_a_line_in_the_log_does_not_stop_a_resume(tiny, call, tmp_path, finished):
     """What a power cut leaves. The log is for people; the checkpoint is what counts."""
     out = shutil.copytree(finished["mae"], tmp_path / "run")
@@ -386,6 +514,18 @@ def test_half_a_line_in_the_log_does_not_stop_a_resume(tiny, call, tmp_path, fin
 
 
 # NaN
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, call, tmp_path, monkeypatch):
+    """A step may spoil them although its loss and gradient were finite."""
+    out, real = tmp_path / "run", optim.Schedule.lr
+    monkeypatch.setattr(optim.Schedule, "lr", lambda self, step: 1e38 if step == 3 else real(self, step))
+    done = call(mae.main, tiny(out=out, save_epochs=0.5))
+    one_line(done, "step 3 ", "not finite", "last.pt/model/")
+    saved = torch.load(out / "last.pt")
+    assert saved["step"] == 2 and not list(out.glob("*.tmp"))
+    monkeypatch.setattr(optim.Schedule, "lr", real)
+    assert call(mae.main, tiny(out=out, resume="true", max_steps=4)).code == 0
 
 
 def spoiled_loss(monkeypatch, step, value=float("nan")):

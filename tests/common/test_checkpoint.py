@@ -17,7 +17,7 @@ import torch.nn as nn
 from conftest import equal, snapshot
 from processes import finish, fork
 
-from common import checkpoint, optim
+from common import checkpoint, folder, optim
 
 
 def content(seed=0, size=40):
@@ -239,9 +239,9 @@ def test_a_directory_that_is_read_only(tmp_path):
 
 def test_a_directory_that_is_not_there(tmp_path):
     (tmp_path / "file").write_text("x")
-    for folder in (tmp_path / "none", tmp_path / "file"):
+    for missing in (tmp_path / "none", tmp_path / "file"):
         with pytest.raises(OSError, match="cannot write"):
-            checkpoint.write(folder / "a.pt", content())
+            checkpoint.write(missing / "a.pt", content())
 
 
 def test_kill_during_saves_always_leaves_a_whole_checkpoint(tmp_path):
@@ -496,3 +496,101 @@ def test_an_optimizer_state_that_is_none_is_refused_in_one_line(change):
     with pytest.raises(ValueError, match=r"a\.pt"):
         checkpoint.load_optimizer(optimizer, {**optimizer.state_dict(), **change}, "a.pt")
     assert pickle.dumps(optimizer.state_dict()) == before
+
+
+OPTIMIZERS = {  # what a crafted last.pt may hold instead of an optimizer's state of three steps
+    "empty": lambda o: {**o, "state": {}}, "one lost": lambda o: {**o, "state": {0: o["state"][0]}},
+    "maximize": lambda o: with_option(o, maximize=True), "maximize as 1": lambda o: with_option(o, maximize=1),
+    "betas as text": lambda o: with_option(o, betas="0.9,0.95"),
+    "other betas": lambda o: with_option(o, betas=(0, 0.9)),
+    "tensor": lambda o: with_option(o, eps=torch.ones(3)), "decay": lambda o: with_option(o, weight_decay=-1.0),
+    "no params": lambda o: {**o, "param_groups": [{k: v for k, v in g.items() if k != "params"}
+                                                  for g in o["param_groups"]]},
+    "other params": lambda o: with_option(o, params=[0, 0]),
+    "sparse": lambda o: with_moment(o, "exp_avg", lambda m: m.to_sparse()),
+    "meta": lambda o: with_moment(o, "exp_avg", lambda m: m.to("meta")),
+    "negative": lambda o: with_moment(o, "exp_avg_sq", lambda m: -1 - m),
+    "later step": lambda o: with_moment(o, "step", lambda m: m + 1),
+    "no step": lambda o: with_moment(o, "step", lambda m: 0 * m),
+    "other kind": lambda o: {**o, "state": {i: {"momentum_buffer": m["exp_avg"]} for i, m in o["state"].items()}},
+}
+
+
+def with_option(saved, **changes):
+    first, *others = saved["param_groups"]
+    return {**saved, "param_groups": [{**first, **changes}, *others]}
+
+
+def with_moment(saved, name, change):
+    state = {index: dict(moments) for index, moments in saved["state"].items()}
+    state[1][name] = change(state[1][name])
+    return {**saved, "state": state}
+
+
+@pytest.mark.parametrize("change", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_optimizer_that_is_not_that_of_the_run_is_refused(change):
+    _, optimizer = trained(steps=3)
+    before = pickle.dumps(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"^a\.pt[:,]"):
+        checkpoint.load_optimizer(optimizer, change(optimizer.state_dict()), "a.pt", steps=3)
+    assert pickle.dumps(optimizer.state_dict()) == before
+
+
+def test_the_state_of_an_optimizer_gets_memory_of_its_own():
+    """Moments that are views of one number would fail in the first step, two that are the same spoil each other."""
+    (_, optimizer), (_, other) = trained(), trained()
+    saved = optimizer.state_dict()
+    saved = with_moment(saved, "exp_avg", lambda m: torch.zeros(1).expand(m.shape))
+    checkpoint.load_optimizer(other, saved, "a.pt", steps=3)
+    loaded = other.state_dict()["state"][1]["exp_avg"]
+    assert loaded.untyped_storage().nbytes() == loaded.nbytes
+
+
+def test_an_option_that_an_older_torch_did_not_have_is_not_checked():
+    _, optimizer = trained()
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["maximize"]
+    checkpoint.load_optimizer(optimizer, saved, "a.pt", steps=3)
+
+
+def doubled(times, kind=list):
+    value = kind("ab")
+    for _ in range(times):
+        value = kind([value, value])
+    return value
+
+
+def deep(times):
+    value = []
+    for _ in range(times):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("value", [doubled(40), doubled(40, tuple), {"a": doubled(40)}, deep(5000), "x" * 10**8,
+                                   1 << 10**8], ids=["lists", "tuples", "dict", "deep", "text", "number"])
+def test_plain_data_that_grows_is_refused_at_once(tmp_path, value):
+    checkpoint.require_small({"a": [1, "b", (2.5, None)], "t": torch.ones(3)}, "a.pt")
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"a\.pt is not a checkpoint: its plain data"):
+        checkpoint.require_small({"config": value}, "a.pt")
+    assert time.monotonic() - begin < 5
+
+
+def test_what_is_not_finite_is_named():
+    good = {"model": {"a": torch.ones(2), "n": torch.tensor(3)}, "step": 4, "none": None}
+    assert checkpoint.first_not_finite(good) is None
+    for value in (torch.nan, torch.inf):
+        bad = {**good, "more": {"b": {0: torch.tensor([1, value])}}}
+        assert checkpoint.first_not_finite(bad) == "more/b/0"
+
+
+def test_links_in_the_place_of_temporary_files_are_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    for name in ("a.pt.tmp", folder.temporary(tmp_path / "a.pt").name, "a.pt", "previous.a.pt"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    checkpoint.write(tmp_path / "a.pt", content(1))
+    checkpoint.write(tmp_path / "a.pt", content(2))
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert checkpoint.read(tmp_path / "a.pt")["step"] == 2 and checkpoint.read(tmp_path / "previous.a.pt")["step"] == 1

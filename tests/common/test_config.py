@@ -1,6 +1,7 @@
 """config.py: defaults, then YAML, then flags; what does not fit is one line that names it."""
 
 import dataclasses
+import os
 import re
 
 import pytest
@@ -130,7 +131,21 @@ def test_flags_that_do_not_fit(capsys, words, names):
     ("depth: [1, 2\nratio: }", ["recipe.yaml"]),
     ("depth: !!python/object/apply:os.system ['touch /tmp/never']\n", ["recipe.yaml"]),
     ("\x00\x01", ["recipe.yaml"]),
-], ids=repr)
+    ("depth: 2001-99-99\n", ["recipe.yaml"]),
+    ("depth: !!timestamp x\n", ["recipe.yaml"]),
+    (f"depth: {'9' * 5000}\n", ["recipe.yaml"]),
+    ("depth: " + 50_000 * "[", ["recipe.yaml", "too deep"]),
+    (50_000 * "[\n", ["recipe.yaml", "too deep"]),
+    (50_000 * "- ", ["recipe.yaml", "too deep"]),
+    (50_000 * "? ", ["recipe.yaml"]),
+    (f"depth: [{'1, ' * 20_000}]", ["recipe.yaml", "too many"]),
+    ("name: " + 200_000 * "a", ["recipe.yaml", "200006 characters"]),
+    ("a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
+     ["recipe.yaml", "many"]),
+    ("a0: &a0 {x: y}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40)),
+     ["recipe.yaml", "many"]),
+    ("a: &a [*a]\n", ["recipe.yaml"]),
+], ids=lambda value: repr(value)[:40])
 def test_yaml_that_does_not_fit(capsys, recipe, text, names):
     line = refused(capsys, "--config", recipe(text))
     assert all(name in line for name in names), line
@@ -147,6 +162,23 @@ def test_yaml_section_that_is_no_section(capsys, recipe):
 def test_yaml_that_is_binary(capsys, tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(bytes(range(128, 256)))
     assert "recipe.yaml" in refused(capsys, "--config", tmp_path / "recipe.yaml")
+
+
+def test_an_alias_of_yaml_still_stands_for_its_value(recipe):
+    assert configure("--config", recipe("size: &both [32, 64]\nbetas: [0.5, 0.6]\n")).size == (32, 64)
+    assert configure("--config", recipe("depth: &n 3\nname: *n\n")).name == "3"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_recipe_that_is_no_regular_file_is_not_read(capsys, tmp_path, kind):
+    path = {"pipe": tmp_path / "a.yaml", "device": "/dev/zero", "folder": tmp_path}[kind]
+    if kind == "pipe":
+        os.mkfifo(path)
+    assert "no regular" in refused(capsys, "--config", path)
+
+
+def test_an_error_line_is_never_longer_than_people_read(capsys):
+    assert len(refused(capsys, "--depth", "9" * 6000)) < 2100
 
 
 def test_an_empty_recipe_changes_nothing(recipe):

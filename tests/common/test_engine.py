@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import resource
 import time
 import types
 
@@ -36,6 +37,41 @@ def test_log_averages_over_its_interval(tmp_path, capsys):
     assert [line["loss"] for line in lines] == [1.5, 5.5, 8.5]
     assert [line["epoch"] for line in lines] == [0.8, 1.6, 2.0] and lines[0]["grad_norm"] == 2.0
     assert "step 4/10" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_leaves_no_half_a_line(tmp_path, capsys):
+    run = make_run(tmp_path)
+    run.note(step=1, loss=0.5)
+    before, limits = (tmp_path / "log.jsonl").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 1, 9):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+        try:
+            with pytest.raises(SystemExit):
+                run.note(step=2, loss=0.25)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / "log.jsonl").read_bytes() == before and "log.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error,said", [
+    (MemoryError(), "not enough memory"), (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "--micro_batch")])
+def test_want_of_memory_is_one_line(capsys, error, said):
+    def main(argv=None):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        engine.record(main)()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and said in err
+
+
+def test_a_mistake_is_no_want(capsys):
+    def main(argv=None):
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        engine.record(main)()
 
 
 def test_log_is_silent_on_other_processes(tmp_path, capsys):
