@@ -2,7 +2,7 @@
 that a hostile or damaged file is refused before anything of it is used.
 
 They hold tensors and plain data only. `last.pt`, from which a stopped run goes on, is {"model": all of it, "optimizer",
-"scaler", "step", "config", "images", "logged_step", "loss_sum"}. `encoder.pt` travels: see weights.py.
+"scaler", "step", "config", "images", "logged_step", "sums"}. `encoder.pt` travels: see weights.py.
 """
 
 import argparse
@@ -179,14 +179,15 @@ def require_run(saved, path):
     """ValueError unless `saved`, the content of `path`, has the parts of a last.pt. Those that files of earlier
     versions lack are not checked where they are missing."""
     kinds = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "step": int}
-    later = {"images": dict, "logged_step": int, "loss_sum": float}
+    later = {"images": dict, "logged_step": int, "sums": dict}
 
     def is_kind(value, kind):
         return isinstance(value, kind) and not isinstance(value, bool)
 
     if not isinstance(saved, dict) or not all(is_kind(saved.get(name), kind) for name, kind in kinds.items()) \
             or not all(is_kind(saved[name], kind) for name, kind in later.items() if name in saved) \
-            or not 0 <= saved.get("logged_step", 0) <= saved["step"] or not math.isfinite(saved.get("loss_sum", 0.0)):
+            or not 0 <= saved.get("logged_step", 0) <= saved["step"] \
+            or not all(is_kind(total, float) and math.isfinite(total) for total in saved.get("sums", {}).values()):
         raise ValueError(f"{path} is not a last.pt of this project")
 
 

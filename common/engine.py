@@ -89,10 +89,10 @@ class Run:
         # The loop's progress; `begin` sets the first line
         self.start_step = self.last_step = self.steps_per_epoch = self.steps_done = 0
         self.caught_signal, self.stop_requested = 0, False  # by this process, by any process
-        self.previous_handlers, self.bar, self.batches = {}, None, None
+        self.previous_handlers, self.bar, self.batches, self.model = {}, None, None, None
         self.images_of_run, self.goes_on_from = {}, None  # see describe_images; the checkpoint that was loaded
-        self.logged_step, self.images, self.loss_sum, self.data_wait = 0, 0, 0.0, 0.0  # since the last line of the log
-        self.term_sums = collections.Counter()  # of the parts of a loss that has several
+        self.logged_step, self.images, self.data_wait = 0, 0, 0.0  # since the last line of the log
+        self.sums = collections.Counter()  # since then: of the loss, and of its parts where it has several
         self.begin_time = self.log_time = self.save_time = time.monotonic()
 
         if self.world_size > 1 and not cfg.plan:
@@ -125,8 +125,8 @@ class Run:
                 self.take_folder(saved, about)
 
         self.start_step = self.steps_done = self.logged_step = saved["step"] if saved else 0
-        if saved and "loss_sum" in saved:  # since the last line of the log; a file of an earlier version has none
-            self.logged_step, self.loss_sum = saved["logged_step"], saved["loss_sum"]
+        if saved and "sums" in saved:  # since the last line of the log; a file of an earlier version has none
+            self.logged_step, self.sums = saved["logged_step"], collections.Counter(saved["sums"])
         self.last_step = min(cfg.max_steps or schedule.steps, schedule.steps)
         self.steps_per_epoch = sampler.steps_per_epoch
         self.previous_handlers = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -276,9 +276,9 @@ class Run:
         """Count a finished step; every `log_every` steps write a line to log.jsonl and to the terminal."""
         self.steps_done = step + 1
         self.images += batch_size
-        self.loss_sum += loss
+        self.sums["loss"] += loss
         for name, term in getattr(self.model, "terms", {}).items():  # of this process's last micro-batch
-            self.term_sums[name] += term
+            self.sums[name] += term
         self.bar.update()
         if not self.is_main or (self.steps_done % self.cfg.log_every and self.steps_done < self.last_step):
             return
@@ -286,8 +286,8 @@ class Run:
         now = time.monotonic()
         images_per_s, waiting = self.images / (now - self.log_time), self.data_wait / (now - self.log_time)
         num_steps = self.steps_done - self.logged_step
-        mean_loss = self.loss_sum / num_steps
-        terms = {name: float(total) / num_steps for name, total in self.term_sums.items()}
+        terms = {name: float(total) / num_steps for name, total in self.sums.items()}
+        mean_loss = terms.pop("loss")
         self.note(step=self.steps_done, epoch=round(self.steps_done / self.steps_per_epoch, 4), loss=mean_loss, lr=lr,
                   grad_norm=grad_norm if math.isfinite(grad_norm) else None,
                   images_per_s=round(images_per_s, 1), data_wait=round(waiting, 3), **terms)
@@ -300,9 +300,9 @@ class Run:
                   f"waiting for data {wait}  {left} left", flush=True)
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             config.fail("fp16: the gradients overflow at a loss scale below 1; use --precision bf16 or fp32")
-        self.logged_step, self.images, self.loss_sum, self.data_wait = self.steps_done, 0, 0.0, 0.0
+        self.logged_step, self.images, self.data_wait = self.steps_done, 0, 0.0
         self.log_time = now
-        self.term_sums.clear()
+        self.sums.clear()
 
     def note(self, **line):
         """Append a line to log.jsonl."""
@@ -340,7 +340,7 @@ class Run:
         encoder = encoder or model.encoder
         last = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "step": step + 1, "config": self.cfg.fixed_options(), "images": self.images_of_run,
-                "logged_step": self.logged_step, "loss_sum": float(self.loss_sum)}
+                "logged_step": self.logged_step, "sums": {name: float(total) for name, total in self.sums.items()}}
         weights = {"arch": config.to_plain(encoder.arch), "model": encoder.state_dict(), "step": step + 1,
                    "method": type(model).__name__, **more}
         if name := checkpoint.first_not_finite({"last.pt": last, "encoder.pt": weights}):  # on all processes alike

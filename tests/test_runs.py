@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from processes import finish, fork, start, torchrun
 
 import finetune
+import lut
 import mae
 from common import config, engine, optim
 
@@ -370,7 +371,8 @@ SPOILED = {
         **o, "param_groups": [{**group, "maximize": True} for group in o["param_groups"]]}),
     "sparse": respoil(model=lambda m: {**m, "mask_token": m["mask_token"].to_sparse()}),
     "doubled": respoil(config=lambda c: {**c, "mask": doubled(40)}), "odd images": respoil(images=[1]),
-    "odd sum": respoil(loss_sum=float("nan")), "odd log": respoil(logged_step=9),
+    "odd sum": respoil(sums={"loss": float("nan")}), "odd sums": respoil(sums={"loss": "1"}),
+    "odd log": respoil(logged_step=9),
 }
 
 
@@ -451,7 +453,7 @@ def test_resume_after_the_images_changed_is_refused(words_of, call, tmp_path, fo
 def test_a_checkpoint_of_an_earlier_version_is_resumed(tiny, call, tmp_path, finished):
     """What it lacks is not checked."""
     out = shutil.copytree(finished["mae"], tmp_path / "run")
-    respoil(images=None, loss_sum=None, logged_step=None)(out / "last.pt")
+    respoil(images=None, sums=None, logged_step=None)(out / "last.pt")
     assert call(mae.main, tiny(out=out, resume="true", max_steps=3)).code == 0
     assert torch.load(out / "last.pt")["step"] == 3
 
@@ -466,6 +468,18 @@ def test_a_line_of_the_log_covers_the_same_steps_after_a_resume(tiny, call, tmp_
     assert call(mae.main, tiny(out=out, resume="true", log_every=5)).code == 0
     one, two = ([(line["step"], line["loss"]) for line in log_of(path)] for path in (tmp_path / "whole", out))
     assert one == two and [step for step, _ in one] == [5, 10, 12]
+
+
+def test_the_parts_of_a_loss_cover_the_same_steps_after_a_resume(tiny, call, tmp_path, monkeypatch):
+    words = dict(log_every=5, max_steps=5)
+    assert call(lut.main, tiny(out=tmp_path / "whole", **words)).code == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert call(lut.main, tiny(out=tmp_path / "run", **words)).code == 128 + signal.SIGTERM
+    assert call(lut.main, tiny(out=tmp_path / "run", resume="true", **words)).code == 0
+    for name in ("pixel_loss", "context_loss"):
+        one, two = (log_of(tmp_path / out)[0][name] for out in ("whole", "run"))
+        assert one == pytest.approx(two, rel=1e-6)
 
 
 def test_two_runs_in_one_folder_are_refused(tiny, call, tmp_path):
@@ -557,6 +571,7 @@ import torch
 import torch.distributed as dist
 import data
 import finetune
+import lut
 import mae
 
 # The runs share one process group: a third one in the same process does not come about.
