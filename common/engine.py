@@ -311,9 +311,13 @@ class Run:
         path, content = self.out / "log.jsonl", (json.dumps(line) + "\n").encode()
         with config.user_errors(), open(path, "ab", buffering=0, opener=folder.no_links) as file:
             size = file.tell()
-            if file.write(content) < len(content):  # the disk is full: no half a line
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:  # the disk is full: no half a line
                 file.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                error.filename = str(path)
+                raise
 
     def due(self, step, epochs):
         """Is it time, after this step, for what happens every so many epochs (0 for never) and after the last step?"""

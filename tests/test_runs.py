@@ -533,7 +533,7 @@ def test_half_a_line_in_the_log_does_not_stop_a_resume(tiny, call, tmp_path, fin
 def test_weights_that_are_not_finite_are_not_saved(tiny, call, tmp_path, monkeypatch):
     """A step may spoil them although its loss and gradient were finite."""
     out, real = tmp_path / "run", optim.Schedule.lr
-    monkeypatch.setattr(optim.Schedule, "lr", lambda self, step: 1e38 if step == 3 else real(self, step))
+    monkeypatch.setattr(optim.Schedule, "lr", lambda self, step: 1e39 if step == 3 else real(self, step))
     done = call(mae.main, tiny(out=out, save_epochs=0.5))
     one_line(done, "step 3 ", "not finite", "last.pt/model/")
     saved = torch.load(out / "last.pt")
