@@ -84,16 +84,17 @@ def cifar(name, split, in_chans, data_dir, download, pick=None):
 
 
 def open_source(name, split, in_chans=3, labelled=False, data_dir="data", download=False,
-                min_side=0, pick=None):
+                min_side=0, pick=None, value_range=(), alone=False):
     """shapes, cifar10, cifar100 or a folder; split is train, val or test. `pick` turns all labels
-    into the indices that are wanted. ValueError or OSError, in one line, on what does not fit."""
+    into the indices that are wanted. `value_range`: --value_range. `alone`: the classes of a folder
+    are those of this split. ValueError or OSError, in one line, on what does not fit."""
     if in_chans < 1:
         raise ValueError(f"--in_chans must be at least 1, not {in_chans}")
     if name == "shapes":
         return Shapes(split, in_chans=in_chans, pick=pick)
     if name in ("cifar10", "cifar100"):
         return cifar(name, split, in_chans, data_dir, download, pick)
-    return Folder(name, split, in_chans, labelled, min_side, pick)
+    return Folder(name, split, in_chans, labelled, min_side, pick, value_range, alone)
 
 
 def balanced(labels, n, seed):
@@ -189,7 +190,8 @@ def pretrain_set(cfg):
     """The training images of --data, labels ignored. A Config may have a method `views`, which
     makes several views of an image out of its augmentation."""
     source = open_source(cfg.data, "train", cfg.in_chans, labelled=False, data_dir=cfg.data_dir,
-                         download=cfg.download, min_side=transforms.jpeg_side(cfg))
+                         download=cfg.download, min_side=transforms.jpeg_side(cfg),
+                         value_range=transforms.with_defaults(cfg).value_range)
     transform = transforms.augmentation(cfg)
     if hasattr(cfg, "views"):
         transform = cfg.views(transform)
@@ -198,12 +200,14 @@ def pretrain_set(cfg):
 
 def labelled_set(cfg, split, augment=True):
     """A labelled split of --data; train is cut to --labels images and, unless `augment` is False,
-    augmented. A set that is not is evaluated, and has no substitutes for broken images."""
+    augmented. A set that is not is evaluated, and has no substitutes for broken images. With --eval
+    it may have other classes than train/."""
     train, pick = split == "train", None
     if train and cfg.labels:
         pick = functools.partial(balanced, n=cfg.labels, seed=cfg.seed)
     source = open_source(cfg.data, split, cfg.in_chans, labelled=True, data_dir=cfg.data_dir,
-                         download=cfg.download, pick=pick)
+                         download=cfg.download, pick=pick, alone=getattr(cfg, "eval", False),
+                         value_range=transforms.with_defaults(cfg).value_range)
     if train and augment:
         return Images(source, transforms.augmentation(cfg), cfg.seed, cfg.max_bad)
     crop = transforms.CentreCrop(cfg.img_size, transforms.with_defaults(cfg).interpolation)
@@ -319,7 +323,7 @@ def preview(dataset, cfg, model, device, n=64):
     n = min(n, len(dataset))
     imgs = torch.stack([dataset[0, i * len(dataset) // n, i][0] for i in range(n)])  # (n, C, H, W)
     mask_noise = noise(cfg.seed, 0, n, model.num_noise, use="sample")  # (n, num_noise)
-    return transforms.normalize(imgs.to(device)), mask_noise.to(device)
+    return transforms.normalize(imgs.to(device), cfg), mask_noise.to(device)
 
 
 class Evaluation:

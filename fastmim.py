@@ -323,7 +323,8 @@ def reconstruct(model, imgs, noise):
     pred, target = model.decode(model.encode(imgs, mask)).float(), model.target(imgs)
     hidden = layers.expand_mask(mask, model.grid, model.mask_unit)[:, None]  # (B, 1, H, W)
     masked = imgs.masked_fill(hidden, 0.0)
-    rows = {"original": transforms.denormalize(imgs), "masked": transforms.denormalize(masked)}
+    rows = {"original": transforms.denormalize(imgs, model.cfg),
+            "masked": transforms.denormalize(masked, model.cfg)}
     h, w = imgs.shape[2] // model.stride, imgs.shape[3] // model.stride
 
     if model.cfg.target == "hog":
@@ -342,8 +343,9 @@ def reconstruct(model, imgs, noise):
         pred = pred * std + mean
         note = "\n(true mean and std\nof each token)"
     pred = layers.unpatchify(pred, model.stride, (h, w))  # (B, C, H, W)
-    rows["prediction" + note] = transforms.denormalize(pred)
-    rows["prediction\nand visible"] = transforms.denormalize(torch.where(hidden, pred, imgs))
+    rows["prediction" + note] = transforms.denormalize(pred, model.cfg)
+    rows["prediction\nand visible"] = transforms.denormalize(
+        torch.where(hidden, pred, imgs), model.cfg)
     return rows
 
 
@@ -382,7 +384,7 @@ def main(argv=None):
         loss_sum = torch.zeros((), device=run.device)
         for micro_step in range(num_micro_batches):
             imgs, _, positions = next(batches)  # positions of these images in the global batch
-            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True))  # (B, C, H, W)
+            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True), cfg)  # (B, C, H, W)
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
                 loss = net(imgs, noise[positions].to(run.device)) * (len(imgs) / batch_size)

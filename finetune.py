@@ -50,6 +50,9 @@ class Config(config.RunConfig):
     # The method
     init: str = "none"  # encoder.pt of a run, or published weights; none for random weights
     init_size: config.Size = (0, 0)  # of the images that published weights were made for, if needed
+    num_heads: int = 0  # of published weights of a ViT, which do not tell; 0 as is usual
+    weights: str = ""  # which of several in a published file, as ema; empty for model, state_dict
+    class_names: str = ""  # file with the classes of a published classifier, a line each, in order
     mode: str = "finetune"  # finetune; linear: the head alone (see LINEAR); knn: nothing trains
     train_blocks: float = 0.0  # train only the last blocks; 0.5 is the last one's MLP; 0 trains all
     model: str = "auto"  # vit_b, swin_t, pvtv2_b2, torchvision:resnet18, ...; auto as in --init
@@ -258,7 +261,7 @@ def load_weights(cfg, model, saved, classes):
 
     names = model.export(classes)["tensors"]
     fresh = [name for name in names if name.split(".")[0] not in kept]
-    weights.load_encoder(model.encoder, saved, cfg.init, fresh)
+    weights.load_encoder(model.encoder, saved, cfg.init, fresh, cfg)
     for part in kept:
         tensors = {name.removeprefix(part + "."): tensor for name, tensor in head["tensors"].items()
                    if name.startswith(part + ".")}
@@ -472,7 +475,7 @@ def main(argv=None):
             imgs, labels, positions = next(batches)  # positions of these images in the global batch
             imgs = imgs.to(run.device, non_blocking=True)
             if not keeps_features:
-                imgs = transforms.normalize(imgs)  # (B, C, H, W)
+                imgs = transforms.normalize(imgs, cfg)  # (B, C, H, W)
             targets = F.one_hot(labels.to(run.device), len(val.classes)).float()  # (B, K)
             if cfg.mode == "finetune":
                 seed = randomness.seed_of(cfg.seed, "mix", step)

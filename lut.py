@@ -148,11 +148,11 @@ def blur(imgs, sigma):
 
 
 @torch.no_grad()
-def three_augment(imgs, noise):
+def three_augment(imgs, noise, cfg=None):
     """Each normalised image (B, C, H, W) in grey, solarized from half brightness up, or blurred by
     0.1 to 2 pixels (DeiT III, as LUT uses it), in fp32. noise (B, 2), uniform in [0, 1), picks one,
     and how far it is blurred. Channels other than RGB are solarized or blurred."""
-    mean, std = transforms.mean_std(imgs.shape[1], imgs.device)
+    mean, std = transforms.mean_std(imgs.shape[1], imgs.device, cfg)
     with torch.autocast(imgs.device.type, enabled=False):
         pixels = imgs.float() * std + mean  # in [0, 1]
         # DIFF: LUT's second view is blurred by a Gaussian itself; Pillow, in its released code,
@@ -289,7 +289,7 @@ class LUT(nn.Module):
         (2, B, C, H, W)."""
         one, two = imgs.unbind(dim=1)  # each (B, C, H, W)
         if self.cfg.three_augment:
-            two = three_augment(two, noise)
+            two = three_augment(two, noise, self.cfg)
         return torch.stack([one, two])  # (2, B, C, H, W)
 
     def mask(self, noise):
@@ -473,8 +473,9 @@ def reconstruct(model, imgs, noise):
     }
     if model.num_views == 2:
         rows["view 2\nmasked"] = two.masked_fill(mask[B:, :, None], 0.0)
-    return {title: transforms.denormalize(layers.unpatchify(row, model.patch_size, model.grid))
+    rows = {title: layers.unpatchify(row, model.patch_size, model.grid)
             for title, row in rows.items()}
+    return {title: transforms.denormalize(row, model.cfg) for title, row in rows.items()}
 
 
 # ---------------------------------------- Training
@@ -512,7 +513,7 @@ def main(argv=None):
         loss_sum = torch.zeros((), device=run.device)
         for micro_step in range(num_micro_batches):
             imgs, _, positions = next(batches)  # positions of these images in the global batch
-            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True))  # (B, C, H, W)
+            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True), cfg)  # (B, C, H, W)
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
                 loss = net(imgs, noise[positions].to(run.device)) * (len(imgs) / batch_size)

@@ -247,8 +247,9 @@ def reconstruct(model, imgs, noise):
         "prediction" + note: pred,
         "prediction\nand visible": torch.where(hidden, pred, patches),
     }
-    return {title: transforms.denormalize(layers.unpatchify(row, model.patch_size, model.grid))
+    rows = {title: layers.unpatchify(row, model.patch_size, model.grid)
             for title, row in rows.items()}
+    return {title: transforms.denormalize(row, model.cfg) for title, row in rows.items()}
 
 
 # ---------------------------------------- Training
@@ -286,7 +287,7 @@ def main(argv=None):
         loss_sum = torch.zeros((), device=run.device)
         for micro_step in range(num_micro_batches):
             imgs, _, positions = next(batches)  # positions of these images in the global batch
-            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True))  # (B, C, H, W)
+            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True), cfg)  # (B, C, H, W)
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
                 loss = net(imgs, noise[positions].to(run.device)) * (len(imgs) / batch_size)

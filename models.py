@@ -68,6 +68,10 @@ def build(model, img_size, patch_size=0, in_chans=3, **options):
     unknown = options.keys() - inspect.signature(kind).parameters.keys()
     if unknown:
         raise ValueError(f"{model} takes no --{min(unknown)}")
+    if "num_heads" in options:  # MoCo v3's ViT-S, for one, has 12
+        if kind is not ViT:
+            raise ValueError(f"{model} takes no --num_heads, as a ViT does")
+        sizes = (*sizes[:2], options.pop("num_heads"))
     return kind(model, img_size, patch_size or kind.default_patch, in_chans, *sizes, **options)
 
 
@@ -146,8 +150,14 @@ class ViT(Encoder):
                  final_norm=True, drop_layers=0):
         if positions not in ("absolute", "shared_bias", "block_bias"):
             raise ValueError(f"--positions is absolute, shared_bias or block_bias, not {positions}")
-        super().__init__(model, img_size, patch_size, in_chans, width, depth, num_heads,
-                         {"positions": positions, "layer_scale": layer_scale}, drop_layers)
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"--num_heads {num_heads} does not divide the {width} channels of "
+                             f"{model}")
+        options = {"positions": positions, "layer_scale": layer_scale}
+        if model in VIT and num_heads != VIT[model][2]:
+            options["num_heads"] = num_heads
+        super().__init__(model, img_size, patch_size, in_chans, width, depth, num_heads, options,
+                         drop_layers)
         self.stride = self.out_stride = patch_size
         self.embed_width = self.width = width
         self.num_layers, self.positions = depth - drop_layers, positions

@@ -207,7 +207,7 @@ def reconstruct(model, imgs, noise):
         rows["target" + note] = target
     rows["prediction" + note] = pred
     rows["prediction\nand visible" + note] = torch.where(hidden, pred, target)
-    return {title: transforms.denormalize(row) for title, row in rows.items()}
+    return {title: transforms.denormalize(row, model.cfg) for title, row in rows.items()}
 
 
 # ---------------------------------------- Training
@@ -245,7 +245,7 @@ def main(argv=None):
         loss_sum = torch.zeros((), device=run.device)
         for micro_step in range(num_micro_batches):
             imgs, _, positions = next(batches)  # positions of these images in the global batch
-            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True))  # (B, C, H, W)
+            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True), cfg)  # (B, C, H, W)
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
                 loss = net(imgs, noise[positions].to(run.device)) * (len(imgs) / batch_size)

@@ -37,6 +37,9 @@ class RunConfig:
     max_bad: float = 0.01  # share of unreadable images at which a run stops
     drop_last: bool = True  # leave out the images that fill no batch at the end of an epoch
     workers: int = 0  # image-loading processes beside each training process
+    value_range: tuple[float, ...] = ()  # black,white in images of more than 8 bits; empty: as in the first images
+    mean: tuple[float, ...] = ()  # of each channel, white being 1; empty: as in --init, or ImageNet's for 3, or 0.5
+    std: tuple[float, ...] = ()  # of each channel; empty: as in --init, or ImageNet's for 3, or 0.25
     # Run
     out: str = "runs/run"  # folder for config.yaml, log.jsonl, last.pt, encoder.pt, pictures/
     resume: bool = False  # go on from OUT/last.pt, or begin if there is none
@@ -72,6 +75,7 @@ class RunConfig:
         in_range(self, flip="[0, 1]", max_bad="[0, 1]", lr_batch="[1, inf)")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"--crop_scale takes two shares, 0 < smallest <= largest <= 1, not {self.crop_scale}")
+        check_channels(self)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"--betas takes two numbers in [0, 1), not {self.betas}")
         if 0 < min(self.img_size) <= getattr(self, "shift", 0):  # not every script shifts images
@@ -86,7 +90,8 @@ class RunConfig:
 
     def fixed_options(self):
         """The options that a resumed run must share with its beginning: all that can change a number."""
-        tied = {"data", "max_bad", "schedule", "seed", "drop_last", "precision"}  # among the options of any run
+        # Among the options of any run
+        tied = {"data", "max_bad", "schedule", "seed", "drop_last", "precision", "value_range", "mean", "std"}
         free = {field.name for field in dataclasses.fields(RunConfig)} - tied
         free.update(self.may_change)
         return {name: value for name, value in to_plain(dataclasses.asdict(self)).items() if name not in free}
@@ -132,22 +137,42 @@ def require_possible(cfg):
         raise ValueError(f"--img_size {cfg.img_size[0]}x{cfg.img_size[1]} is more than {LARGEST_IMAGE} pixels")
 
 
+def check_channels(cfg):
+    """ValueError unless --mean, --std and --value_range fit the channels, as far as they are known, and each other."""
+    for name in ("mean", "std"):
+        count = len(getattr(cfg, name))
+        if cfg.in_chans and count not in (0, 1, cfg.in_chans):
+            raise ValueError(f"--{name} takes a number for each of the {cfg.in_chans} channels, or one for all, not "
+                             f"{count}")
+    if not all(number > 0 for number in cfg.std):
+        raise ValueError(f"--std takes numbers greater than 0, not {cfg.std}")
+    if cfg.value_range and not (len(cfg.value_range) == 2 and cfg.value_range[0] < cfg.value_range[1]):
+        raise ValueError(f"--value_range takes two numbers, black < white, not {cfg.value_range}")
+
+
 def is_main():
     """Is this the process that prints and writes? Known before a process group is joined."""
     return os.environ.get("RANK", "0") == "0"
 
 
+def printable(text):
+    """A text, such as the name of a file, with escapes for what a terminal would obey or cannot show."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def print_once(line):
-    """Print a line on the main process."""
+    """Print a line, or several, on the main process."""
     if is_main():
-        print(line, flush=True)
+        print("\n".join(map(printable, line.split("\n"))), flush=True)
 
 
 def fail(message, everywhere=False):
     """Exit with code 2 and one line on stderr, for what a user can put right. All processes fail alike and the main one
     prints; `everywhere=True` is for what only one of them can see."""
     if everywhere or is_main():
-        line = " ".join(str(message).split())
+        line = printable(" ".join(str(message).split()))
         if len(line) > 2000:
             line = line[:2000] + " ..."
         print(f"error: {line}", file=sys.stderr, flush=True)
@@ -275,7 +300,10 @@ def parse_tuple(name, kind, value):
     parts = re.split("[x,]", value) if isinstance(value, str) else value
     if not isinstance(parts, list):
         parts = [parts]
-    if len(parts) == 1:
+    if kinds[-1] is Ellipsis:  # as many as there are
+        parts = [] if value == "" else parts
+        kinds = kinds[:1] * len(parts)
+    elif len(parts) == 1:
         parts = parts * len(kinds)
     if len(parts) != len(kinds):
         fail(f"--{name} takes {len(kinds)} numbers such as 96x160 or 0.2,1 and not {value!r}")

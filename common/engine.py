@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing import errors
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from common import checkpoint, config, folder, processes
+from common import checkpoint, config, folder, processes, transforms
 
 FILES = ("config.yaml", "log.jsonl", "result.json", "last.pt", "encoder.pt", "previous.last.pt", "previous.encoder.pt",
          "refused.last.pt")
@@ -345,8 +345,9 @@ class Run:
         last = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "step": step + 1, "config": self.cfg.fixed_options(), "images": self.images_of_run,
                 "logged_step": self.logged_step, "sums": {name: float(total) for name, total in self.sums.items()}}
+        images = transforms.about_images(encoder.arch["in_chans"], self.cfg)
         weights = {"arch": config.to_plain(encoder.arch), "model": encoder.state_dict(), "step": step + 1,
-                   "method": type(model).__name__, **more}
+                   "method": type(model).__name__, **images, **more}
         if name := checkpoint.first_not_finite({"last.pt": last, "encoder.pt": weights}):  # on all processes alike
             leave_processes()
             config.fail(f"step {step} left values that are not finite ({name}): nothing was saved, and what was saved "

@@ -60,7 +60,7 @@ def accuracy(run, model, loader):
     num_bad = torch.zeros((), dtype=torch.int64, device=run.device)
     neighbours.ready(run, model)
     for imgs, labels, _ in loader:
-        imgs, labels = normalize(imgs.to(run.device)), labels.to(run.device)
+        imgs, labels = normalize(imgs.to(run.device), run.cfg), labels.to(run.device)
         with run.autocast():
             logits = model(imgs)  # (B, K)
         num_bad += (~logits.isfinite()).sum()

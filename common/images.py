@@ -1,80 +1,109 @@
 """Image files: found, decoded without guessing to uint8 (C, h, w), refused where that is not possible."""
 
+import collections
 import contextlib
+import itertools
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common.config import print_once
+from common import files
+from common.config import print_once, printable
+from common.files import EXTENSIONS, opened
 from common.folder import require_regular
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # whatever a name says; EPS runs programs
 PIL_MODE = {1: "L", 3: "RGB", 4: "RGBA"}
+EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".avif")  # hold no more, whatever is in them
+FIRST = 32  # images of which the range is taken
 
 
 class Broken(ValueError):
     """A file that cannot be used as an image; the message names it and says why."""
 
 
-@contextlib.contextmanager
-def opened(path):
-    """The file as a lazy PIL image. Above 89 Mpx, where Pillow would only warn, this is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as image:
-            yield image
-
-
-def to_bytes(array):
-    """uint8 as it is, uint16 (or wider integers that hold 16 bits) / 257, floats from [0, 1] * 255, as uint8."""
+def to_bytes(array, value_range=None):
+    """Numbers as uint8, of which `value_range` (low, high) are 0 and 255; what lies beyond is cut off. Bytes stay.
+    Without a range, integers in 0..255 are what they say, and floats in 0..1 are shares of white. Others have their own
+    range if it is None, and raise ValueError if it is empty."""
     if array.dtype == np.uint8:
         return array
-    top = 1 if array.dtype.kind == "f" else 65535
-    if not (array.min() >= 0 and array.max() <= top):  # so written, NaN is refused, too
-        raise ValueError(f"{array.dtype} values outside [0, {top}]")
-    return np.floor(array * (255 / top) + 0.5).astype(np.uint8)
+    if array.dtype == bool:
+        return array * np.uint8(255)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{array.dtype} is no kind of number that a pixel has")
+
+    is_float, lowest, highest = array.dtype.kind == "f", array.min(), array.max()
+    top = 1 if is_float else 255
+    if not value_range:
+        fits = 0 <= lowest and highest <= top  # so written, NaN does not
+        if not fits and (is_float or value_range is not None):
+            raise ValueError(f"{array.dtype} values {lowest:g} to {highest:g}, outside [0, {top}]: --value_range says "
+                             "which are black and white")
+        value_range = (0, top) if fits else (lowest, highest)
+    if not np.isfinite([lowest, highest]).all():
+        raise ValueError(f"{array.dtype} values that are not finite")
+    low, high = map(float, value_range)
+    share = (array.astype(np.float64).clip(low, high) - low) * 255 / (high - low or 1)
+    return np.floor(share + 0.5).astype(np.uint8)
 
 
-def decode(path, in_chans=3, min_side=0):
+def decode(path, in_chans=3, min_side=0, value_range=None):
     """An image file as uint8 (C, h, w), upright by its EXIF tag; Broken if that cannot be done exactly. in_chans=None
-    takes .npy files with any number of channels."""
-    try:
+    takes .npy files with any number of channels. `value_range`: see to_bytes."""
+    with reading(path):
         require_regular(path)
-        is_npy = path.lower().endswith(".npy")
-        array = read_array(path) if is_npy else read_picture(path, in_chans, min_side)
+        if path.lower().endswith(".npy"):
+            array = to_bytes(read_array(path), value_range)
+        else:
+            array = read_picture(path, in_chans, min_side, value_range)
         array = array.reshape(*array.shape[:2], -1)  # (h, w, C)
         if in_chans and array.shape[2] != in_chans:
             raise ValueError(f"{array.shape[2]} channels, --in_chans is {in_chans}")
         return torch.from_numpy(array).permute(2, 0, 1)  # (C, h, w)
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Turn whatever goes wrong into Broken."""
+    try:
+        yield
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, EOFError, ...
-        raise Broken(f"{path}: {type(error).__name__}: {error}") from error
+        raise Broken(f"{printable(path)}: {type(error).__name__}: {error}") from error
 
 
 def read_array(path):
-    """A .npy file, (h, w, C) or (h, w), of uint8, uint16, or floats in [0, 1], as uint8."""
+    """A .npy file, (h, w, C) or (h, w), of numbers."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may promise more than the file holds
     if array.ndim not in (2, 3) or not 0 < array.shape[0] * array.shape[1] <= Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"an array of shape {array.shape}, not (H, W, C)")
-    return to_bytes(np.array(array))
+    return np.array(array)
 
 
-def read_picture(path, in_chans, min_side):
-    """A picture file as uint8 (h, w, C), or (h, w) of grey. 16 bits are scaled, not cut off as PIL's convert does.
+def read_picture(path, in_chans, min_side, value_range):
+    """A picture file as uint8 (h, w, C), or (h, w) of grey. Its numbers are scaled, not cut off as PIL's convert does.
     Transparency is composited on white (ours): dropping it would show whatever colour lies hidden there."""
     if in_chans not in (None, *PIL_MODE):
         raise ValueError(f"image files have 1, 3 or 4 channels, --in_chans is {in_chans}: that needs a .npy file")
     with opened(path) as image:
-        # DIFF: a huge JPEG is decoded at 1/2, 1/4 or 1/8 where no crop could have used more pixels (`min_side`).
-        if min_side:
+        bands = files.unknown_bands(image)
+        if bands and not bands == (in_chans or bands) == 4:
+            raise ValueError(f"{bands} channels, not all of them colours, --in_chans is {in_chans}: .npy holds any")
+        wide = files.numbers(image)
+        if wide is not None:
+            turn = files.orientation(image)  # after loading, which turns a TIFF
+            image = from_numbers(wide, value_range, bands, files.is_negative(image))
+            image.getexif()[files.ORIENTATION] = turn
+        elif min_side:
+            # DIFF: a huge JPEG is decoded at 1/2, 1/4 or 1/8 where no crop could have used more pixels (`min_side`).
             image.draft(None, (min_side, min_side))  # does nothing to other formats
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
-            image = Image.fromarray(to_bytes(np.asarray(image)))
+
+        if bands:  # as they are; of RGB, Pillow keeps the fourth as padding
+            (w, h), mode = image.size, "RGBX" if image.mode == "RGB" else "RGBA"
+            return np.frombuffer(image.tobytes("raw", mode), np.uint8).reshape(h, w, 4)
         if in_chans != 4 and image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -82,68 +111,147 @@ def read_picture(path, in_chans, min_side):
         return np.array(image.convert(PIL_MODE[in_chans or 3]))
 
 
-def find_images(root):
-    """Sorted paths of the images below `root`, relative to it; none that are hidden; links followed, folders once."""
+def from_numbers(array, value_range, bands, is_negative):
+    """A PIL image of the numbers (h, w[, C]) of a picture. Its transparency is a share of 16 bits, not of a range."""
+    colours = array
+    if array.ndim == 3 and not bands:
+        colours = array[..., :3]
+    pixels = to_bytes(colours, value_range)
+    if colours.shape != array.shape:
+        pixels = np.concatenate([pixels, to_bytes(array[..., 3:], (0, 65535))], axis=2)  # (h, w, 4)
+    return Image.fromarray(255 - pixels if is_negative else pixels)
+
+
+def files_below(root):
+    """Paths of all files below `root`, relative to it; none that are hidden; links followed, folders once. In order of
+    folders, and of names in each."""
     def refuse(error):
         raise error
 
-    found, visited = [], set()
+    visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         visited.add(os.path.realpath(folder))
         # os.walk goes on with what is left in this list.
         subfolders[:] = [name for name in sorted(subfolders)
                          if name[0] != "." and os.path.realpath(os.path.join(folder, name)) not in visited]
-        for name in names:
-            if name[0] != "." and name.lower().endswith(EXTENSIONS):
-                found.append(os.path.relpath(os.path.join(folder, name), root))
-    return sorted(found)
+        for name in sorted(names):
+            if name[0] != ".":
+                yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def class_folders(root, split):
-    """Sorted names of the class folders of root/train; ValueError if root/split has others, or if fewer than 2."""
-    def names(folder):
-        return {path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
+def is_image(path):
+    return path.lower().endswith(EXTENSIONS)
 
-    train, other = names(root / "train"), names(root / split)
+
+def find_images(root):
+    """Sorted paths of the images below `root`, relative to it; see `files_below`."""
+    return sorted(filter(is_image, files_below(root)))
+
+
+def count_suffixes(paths):
+    """How many files end in what, in one line: 3 .heic, 1 .txt."""
+    counter = collections.Counter(Path(path).suffix.lower() or "without suffix" for path in paths)
+    return ", ".join(f"{n} {printable(suffix)}" for suffix, n in counter.most_common())
+
+
+def first_range(root, n=FIRST):
+    """(lowest, highest) number in the first n images below `root` that may have more than 8 bits, with a line that says
+    so; () if there are none, or if no range is needed (see to_bytes). ValueError if integers and floats share one."""
+    lows, highs, kinds, is_needed = [], [], set(), False
+    candidates = (path for path in files_below(root) if may_be_wide(path))
+    for path in itertools.islice(candidates, n):
+        with contextlib.suppress(Broken):  # it is named when it is loaded
+            array = wide_numbers(os.path.join(root, path))
+            if array is None or not np.isfinite([array.min(), array.max()]).all():
+                continue
+            lows.append(float(array.min()))
+            highs.append(float(array.max()))
+            kinds.add(array.dtype.kind == "f")
+            is_needed = is_needed or lows[-1] < 0 or highs[-1] > (1 if array.dtype.kind == "f" else 255)
+    if not is_needed:
+        return ()
+    low, high = min(lows), max(highs)
+    if len(kinds) > 1:
+        raise ValueError(f"{root} holds integers and floats: --value_range has to say what is black and white in both")
+    print_once(f"{printable(root)}: numbers of more than 8 bits; black is {low:g} and white {high:g}, as in the first "
+               f"{len(lows)} images that have them (--value_range {low:g},{high:g} would say so)")
+    return low, high
+
+
+def may_be_wide(path):
+    return is_image(path) and not path.lower().endswith(EIGHT_BITS)
+
+
+def wide_numbers(path):
+    """The numbers of an image file if they have more than 8 bits, or else None; Broken if it cannot be read."""
+    with reading(path):
+        if path.lower().endswith(".npy"):
+            array = read_array(path)
+            return array if array.dtype.kind in "iuf" and array.dtype != np.uint8 else None
+        with opened(path) as image:
+            return files.numbers(image)
+
+
+def class_folders(root, split, alone=False):
+    """Sorted names of the class folders of root/split. ValueError if those of root/train are others, unless the split
+    counts `alone`, or if they are fewer than 2."""
+    def names(name):
+        return {path.name for path in (root / name).iterdir() if path.is_dir() and path.name[0] != "."}
+
+    here = names(split)
+    train = here if alone else names("train")
+    if not here and any(is_image(path.name) for path in (root / split).iterdir()):
+        raise ValueError(f"--data {root}: {root}/{split} holds images and no class folders, as ImageNet's {split} does "
+                         f"when it is unpacked: sort them into {root}/{split}/CLASS/")
     if len(train) < 2:
-        raise ValueError(f"--data {root}: {root}/train holds {len(train)} class folder(s); labels need at least 2")
-    if train != other:
-        name = min(train ^ other)
-        here, missing = ("train", split) if name in train else (split, "train")
-        raise ValueError(f"--data {root}: class {name} is in {here}/ but not in {missing}/")
+        raise ValueError(f"--data {root}: {root}/{split if alone else 'train'} holds {len(train)} class folder(s); "
+                         "labels need at least 2")
+    if train != here:
+        name = min(train ^ here)
+        has, lacks = ("train", split) if name in train else (split, "train")
+        raise ValueError(f"--data {root}: class {name} is in {has}/ but not in {lacks}/")
     return sorted(train)
 
 
 class Folder:
     """A source (see data.py) of image files: root/train/CLASS/**, root/val/CLASS/** (and root/test) if `labelled`; else
-    whatever lies below root/train, or below root if it has no train/. `pick`, ValueError, OSError: see open_source."""
+    whatever lies below root/train, or below root if it has no train/. Prints how many there are, and what is passed
+    over. `pick`, `alone`, `value_range`, ValueError, OSError: see open_source."""
 
-    def __init__(self, root, split, in_chans=3, labelled=False, min_side=0, pick=None):
+    def __init__(self, root, split, in_chans=3, labelled=False, min_side=0, pick=None, value_range=(), alone=False):
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"--data {root}: no such folder (nor is it one of shapes, cifar10, cifar100)")
         if split == "test" and not (root / "test").is_dir():
             print_once(f"{root} has no test/: its val/ is taken")
             split = "val"
-        if labelled and not ((root / "train").is_dir() and (root / split).is_dir()):
+        if labelled and not ((alone or (root / "train").is_dir()) and (root / split).is_dir()):
             found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
             raise ValueError(f"--data {root}: labels need {root}/train/CLASS/ and {root}/{split}/CLASS/; found {found}")
 
         self.root = root / split if labelled or (root / split).is_dir() else root
         self.in_chans, self.min_side = in_chans, min_side
-        self.classes = class_folders(root, split) if labelled else None
+        self.classes = class_folders(root, split, alone) if labelled else None
 
         number = {name: label for label, name in enumerate(self.classes or [])}
-        paths = find_images(self.root)
+        found = list(files_below(self.root))
+        paths = sorted(filter(is_image, found))
         if labelled:  # what lies in no class folder has no label
             paths = [path for path in paths if path.split(os.sep)[0] in number]
         labels = np.array([number.get(path.split(os.sep)[0], -1) for path in paths])
         if not paths:
-            raise ValueError(f"--data {root}: no images below {self.root}; they end in {' '.join(EXTENSIONS)}")
+            passed_over = f"; it has {count_suffixes(found)}" if found else ""
+            raise ValueError(f"--data {root}: no images below {self.root}; they end in {' '.join(EXTENSIONS)}"
+                             + passed_over)
         if empty := set(number.values()) - set(labels.tolist()):
             raise ValueError(f"--data {root}: class {self.classes[min(empty)]} has no images in {self.root}")
         if in_chans not in PIL_MODE and any(not path.lower().endswith(".npy") for path in paths):
             raise ValueError(f"--in_chans {in_chans}: image files have 1, 3 or 4; other numbers need .npy files")
+
+        print_once(f"{printable(self.root)}: {len(paths)} images{passed_over_in(root, self.root, found, paths)}")
+        self.value_range = value_range
+        if not value_range and any(map(may_be_wide, paths)):
+            self.value_range = first_range(root / "train" if (root / "train").is_dir() else self.root)
 
         # One block of bytes: a list of 1.3 M strings would be copied into every worker, as reference counts change.
         kept = pick(labels) if pick else slice(None)
@@ -154,4 +262,18 @@ class Folder:
 
     def load(self, i):
         path = self.root / os.fsdecode(self.paths[i])
-        return decode(str(path), self.in_chans, self.min_side), int(self.labels[i])
+        return decode(str(path), self.in_chans, self.min_side, self.value_range), int(self.labels[i])
+
+
+def passed_over_in(root, taken, found, paths):
+    """What of a data set is not taken, for the end of a line: files `found` below `taken` that are none of `paths`, and
+    folders of root beside it that are no splits."""
+    parts = []
+    others = set(found) - set(paths)
+    if others:
+        parts.append(f"files passed over: {count_suffixes(others)}")
+    if taken != root:
+        beside = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+        if beside := sorted(beside - {"train", "val", "test"}):
+            parts.append(f"folders passed over: {', '.join(map(printable, beside[:5]))}")
+    return "".join(f"; {part}" for part in parts)

@@ -49,9 +49,14 @@ LAYOUTS = [
     ("MAE's code or timm", r"patch_embed\.", LAYER_SCALE),
 ]
 
+# What other code wraps around an encoder, in any order: DistributedDataParallel, Lightning, MoCo v3, ...; and what
+# torch puts into names at any depth.
+WRAPPERS = re.compile(r"((module|model|backbone|base_encoder)\.)+")
+INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
 # What an encoder does without: decoders, tokens and heads of pre-training, and what is computed from sizes.
-LEFT_OVER = re.compile(r"(encoder\.|vit\.|embeddings\.)*(decoder|(vis_)?mask_token|pooler\.|predictor\.|head\.\d)|"
-                       r".*(relative_position_index|attn_mask)$")
+LEFT_OVER = re.compile(r"(encoder\.|vit\.|embeddings\.)*(decoder|(vis_)?mask_token|pooler\.|predictor\.|head\.\d|"
+                       r"head\.mlp|head\.last_layer|momentum_encoder\.)|.*(relative_position_index|attn_mask)$")
 LEFT_PART = re.compile(r".*(relative_position_index|attn_mask)$|((?:(?:encoder|vit|embeddings)\.)*\w+)")  # to sum up
 
 
@@ -72,18 +77,28 @@ def flat_blocks(names):
     return table
 
 
+def unwrapped(name):
+    """A name without the wrappers around its encoder."""
+    name = INSERTED.sub("", name)
+    return name[match.end() :] if (match := WRAPPERS.match(name)) else name
+
+
+def layout_of(names):
+    """(layout, table) that the unwrapped names belong to; None if none does."""
+    known = [(layout, table) for layout, start, table in LAYOUTS if any(re.match(start, name) for name in names)]
+    return known[0] if known else None
+
+
 def translate(tensors):
     """{their name: tensor} -> ({our name: tensor}, layout, {their name: tensor} left over). ValueError if none is."""
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}  # of DistributedDataParallel
-    known = [(layout, table) for layout, start, table in LAYOUTS if any(re.match(start, name) for name in tensors)]
-    if not known:
-        raise ValueError(f"names such as {', '.join(list(tensors)[:2])} belong to no encoder that is known here")
-    layout, table = known[0]
+    count = len(tensors)
+    tensors = {unwrapped(name): tensor for name, tensor in tensors.items()}
+    layout, table = layout_of(tensors)
     if table is None:
         table = flat_blocks(tensors)
     left = {name: tensor for name, tensor in tensors.items() if LEFT_OVER.match(name)}
     ours = {rename(name, table): tensor for name, tensor in tensors.items() if name not in left}
-    if len(ours) + len(left) != len(tensors):
+    if len(ours) + len(left) != count:
         raise ValueError(f"two names of {layout} mean the same tensor")
     return join(ours), layout, left
 
@@ -111,9 +126,10 @@ def root(count):
     return side if side**2 == count else 0
 
 
-def infer(tensors, from_arch, sizes, img_size=(0, 0)):
+def infer(tensors, from_arch, sizes, img_size=(0, 0), num_heads=0):
     """(encoder of these tensors, under our names, without storage; what was assumed, as lines). `img_size`: of the
-    images that the weights were made for; zeros to infer it. ValueError if no encoder of ours has these sizes."""
+    images that the weights were made for, `num_heads`: of a ViT; zeros to infer them. ValueError if no encoder of ours
+    has these sizes."""
     shape = tensors["patch_embed.proj.weight"].shape
     width, in_chans, patch_size = shape[0], shape[1], shape[2]
     blocks = {match[0] for name in tensors if (match := re.match(r"((layers|stages)\.\d+\.)?blocks\.\d+\.", name))}
@@ -135,7 +151,16 @@ def infer(tensors, from_arch, sizes, img_size=(0, 0)):
     elif side:
         img_size = (side * patch_size, side * patch_size)
     else:
+        if family == "vit" and "pos_embed" in tensors:
+            require_one_token(tensors)
         raise ValueError("its positions make no square: --init_size HxW says which images these weights were made for")
+    if family == "vit":
+        require_rows(tensors, img_size, patch_size)
+        notes += choose_heads(tensors, sizes[family][model], options, num_heads)
+    elif num_heads:
+        raise ValueError(f"--num_heads is of a ViT, and this is {model}")
+    elif family != "swin":  # whose tables have a column for each
+        notes.append(f"attention heads taken to be {sizes[family][model][2]}: names and shapes do not tell")
     arch = {"model": model, "img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "options": options}
     with torch.device("meta"):
         return from_arch(arch), notes
@@ -152,6 +177,43 @@ def infer_vit(tensors, width, depths):
         kind, side = "absolute", root(tensors["pos_embed"].shape[1] - 1)
     options = {"positions": kind, "layer_scale": 0.1 if "blocks.0.gamma_1" in tensors else 0.0}
     return "vit", (width, depths[0]), side, options, []
+
+
+def require_one_token(tensors):
+    """ValueError if positions (1, rows, D) are no square beside a class token because there are other tokens."""
+    rows = tensors["pos_embed"].shape[1]
+    if "cls_token" not in tensors:
+        raise ValueError(f"its {rows} rows of positions have no class token beside them, and our ViT needs one")
+    if side := root(rows):
+        raise ValueError(f"its {rows} rows of positions are those of {side}x{side} patches without one for the class "
+                         "token, which our ViT has, or else of images that are no square (--init_size HxW)")
+    known = {"cls_token", "pos_embed"}
+    extra = [name for name, tensor in tensors.items() if "token" in name and tensor.dim() == 3 and name not in known]
+    if extra:
+        raise ValueError(f"it has {', '.join(extra)} beside the class token, which our ViT does not know")
+
+
+def require_rows(tensors, img_size, patch_size):
+    """ValueError unless the positions of a ViT are as many as its images have patches, and one."""
+    if "pos_embed" in tensors:
+        rows, patches = tensors["pos_embed"].shape[1], math.prod(n // patch_size for n in img_size)
+        if rows != patches + 1:
+            raise ValueError(f"its {rows} rows of positions do not fit images of {img_size[0]}x{img_size[1]}, which "
+                             f"have {patches} patches of {patch_size} px and a class token (--init_size)")
+
+
+def choose_heads(tensors, usual, options, num_heads):
+    """Put the number of attention heads of a ViT into its options, if it is not that of its size, `usual` (width,
+    depth, heads). Returns what was assumed, as lines."""
+    table = next((tensor for name, tensor in tensors.items() if name.endswith("relative_position_bias_table")), None)
+    told = 0 if table is None else table.shape[1]
+    heads = num_heads or told or usual[2]
+    if heads != usual[2]:
+        options["num_heads"] = heads
+    if num_heads or told:
+        return []
+    return [f"attention heads taken to be {heads}, as is usual for {usual[0]} channels: names and shapes do not tell "
+            "(--num_heads)"]
 
 
 def infer_swin(tensors, width, depths):
@@ -200,11 +262,54 @@ def is_state_dict(tensors):
         and all(isinstance(name, str) and is_plain(tensor) for name, tensor in tensors.items())
 
 
-def foreign(content, path, from_arch, sizes, img_size=(0, 0)):
-    """What encoder.pt would hold, and "notes", of a file from elsewhere: `content` is its state dict, or has one as
-    "model" or "state_dict". ValueError if no encoder of ours fits it tensor by tensor."""
-    for key in ("model", "state_dict"):
-        content = content.get(key, content) if isinstance(content, dict) else content
+def state_dicts(content):
+    """{keys that lead there, joined by dots: state dict} of all in a nest of dicts that name an encoder known here."""
+    found, visited = {}, set()
+
+    def search(value, place, depth):
+        if not isinstance(value, dict) or id(value) in visited:
+            return
+        visited.add(id(value))
+        names = [name for name in value if isinstance(name, str)]
+        has_tensors = any(isinstance(value[name], torch.Tensor) for name in names)
+        if has_tensors and layout_of([unwrapped(name) for name in names]):
+            found[".".join(place)] = value
+        elif depth:
+            for name in names:
+                search(value[name], [*place, name], depth - 1)
+
+    search(content, [], 4)
+    return found
+
+
+def choose(content, path, which=""):
+    """(a state dict in the content of a file, what else there is, as lines): the only one, or the one that `which`
+    names, or else "model" or "state_dict" rather than an average (ema). ValueError if that is none, or several."""
+    found = state_dicts(content)
+    if not found:
+        held = list(content) if isinstance(content, dict) else [type(content).__name__]
+        held = ", ".join(str(name)[:40] for name in held[:5])
+        raise ValueError(f"{path} is not an encoder.pt of this project, nor holds it the names of an encoder that is "
+                         f"known here, but {held or 'nothing'}")
+    parts = {place: re.split(r"[._]", place) for place in found}
+    if which:
+        fitting = [place for place in found if place == which] or [place for place in found if which in parts[place]]
+    else:
+        fitting = [place for place in found if "ema" not in parts[place]] or list(found)
+        fitting = [place for place in fitting if parts[place][0] in ("model", "state")][:1] or fitting
+    there = ", ".join(place or "its only weights" for place in found)
+    if len(fitting) != 1:
+        raise ValueError(f"{path} holds {there}: --weights takes the name of one" + f", not {which!r}" * bool(which))
+    [place] = fitting
+    others = [other for other in found if other != place]
+    return found[place], [f"taken: {place}; there is {', '.join(others)}, too (--weights)"] if others else []
+
+
+def foreign(content, path, from_arch, sizes, img_size=(0, 0), num_heads=0, which=""):
+    """What encoder.pt would hold, and "notes", of a file from elsewhere, in which a state dict may lie at any depth.
+    `img_size`, `num_heads`: see infer; `which`: see choose. ValueError if no encoder of ours fits it tensor by
+    tensor."""
+    content, chosen = choose(content, path, which)
     if not is_state_dict(content):
         raise ValueError(f"{path} is not an encoder.pt of this project, nor the plain state dict of another one")
     try:
@@ -212,10 +317,12 @@ def foreign(content, path, from_arch, sizes, img_size=(0, 0)):
         odd = sorted({str(tensor.dtype) for tensor in tensors.values()} - {"torch.float32"})
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         head = classifier_of(tensors)
-        encoder, notes = infer(tensors, from_arch, sizes, img_size)
+        encoder, notes = infer(tensors, from_arch, sizes, img_size, num_heads)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (KeyError, IndexError, RuntimeError, TypeError) as error:  # a tensor is missing or of another rank
+    except KeyError as error:
+        raise ValueError(f"{path} is no whole encoder: it lacks {error.args[0]}") from error
+    except (IndexError, RuntimeError, TypeError) as error:  # a tensor is of another rank
         raise ValueError(f"{path} is no whole encoder: {type(error).__name__} {error}") from error
     checkpoint.require_state(expected(encoder, head), {**tensors, **(head["tensors"] if head else {})}, path)
 
@@ -224,7 +331,7 @@ def foreign(content, path, from_arch, sizes, img_size=(0, 0)):
         found["method"] = "FastMIM"
     if odd:
         notes.append(f"{', '.join(odd)} made torch.float32")
-    found["notes"] = [f"names are those of {layout}", *notes, *remarks(found, left),
+    found["notes"] = [f"names are those of {layout}", *chosen, *notes, *remarks(found, left),
                       "check the licence of these weights (MAE's, for one, is CC-BY-NC)"]
     return found
 
@@ -252,8 +359,8 @@ def remarks(found, left):
     eps = {"Hugging Face's ViT": "its norms have eps 1e-12", "UM-MAE's pyramids": "norms inside blocks have eps 1e-5"}
     if found["method"] in eps:
         notes.append(f"{eps[found['method']]} there, 1e-6 here")
-    if found["method"] == "FastMIM" and found["arch"]["model"] == "vit_b":
-        notes.append("FastMIM's released code pre-trains ViT-B with 6 heads; here it has 12")
+    if found["method"] == "FastMIM" and found["arch"]["model"] == "vit_b" and found["arch"]["num_heads"] != 6:
+        notes.append("FastMIM's released code pre-trains ViT-B with 6 heads; here it has 12 (--num_heads 6)")
     if left:
         parts = collections.Counter(part[1] or part[2] for part in map(LEFT_PART.match, left))
         notes.append("left over: " + ", ".join(f"{part} ({count})" for part, count in parts.items()))

@@ -48,7 +48,7 @@ def extract(run, encoder, loader, pool="mean"):
     was_training = encoder.training
     ready(run, encoder)
     for imgs, batch_labels, indices in loader:
-        imgs, indices = normalize(imgs.to(run.device)), indices.to(run.device)
+        imgs, indices = normalize(imgs.to(run.device), run.cfg), indices.to(run.device)
         with run.autocast():
             features[indices] = pooled(encoder, imgs, pool).float()
         labels[indices] = batch_labels.to(run.device)

@@ -9,25 +9,44 @@ from torchvision.transforms import v2
 BILINEAR = v2.InterpolationMode.BILINEAR
 
 
-def mean_std(in_chans, device="cpu"):
-    """Two float32 tensors (C, 1, 1): ImageNet's statistics for RGB, 0.5 and 0.25 for other channels (ours). Made anew
-    by every call: one that was kept from a `--plan` would be a fake tensor in whatever comes later."""
+def statistics(in_chans, cfg=None):
+    """(mean, std) of --mean and --std, or else ImageNet's for RGB, 0.5 and 0.25 for other channels (ours): two lists
+    of `in_chans` numbers."""
     mean, std = [0.5] * in_chans, [0.25] * in_chans
     if in_chans == 3:
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    mean_and_std = torch.tensor([mean, std]).to(device, non_blocking=True)[:, :, None, None]  # (2, C, 1, 1)
-    return mean_and_std.unbind()
+    given = with_defaults(cfg) if cfg else types.SimpleNamespace(**DEFAULTS)
+    return for_each(given.mean, in_chans) or mean, for_each(given.std, in_chans) or std
 
 
-def normalize(imgs):
-    """uint8 (..., C, H, W) -> float32, about zero mean and unit variance."""
-    mean, std = mean_std(imgs.shape[-3], imgs.device)
+def for_each(numbers, in_chans):
+    """A number for each channel: one number stands for all of them."""
+    return list(numbers) * (in_chans if len(numbers) == 1 else 1)
+
+
+def about_images(in_chans, cfg):
+    """What an encoder.pt says of the images that it was made for: mean, std and, if it was given, value_range."""
+    mean, std = statistics(in_chans, cfg)
+    value_range = list(with_defaults(cfg).value_range)
+    return {"mean": mean, "std": std, **({"value_range": value_range} if value_range else {})}
+
+
+def mean_std(in_chans, device="cpu", cfg=None):
+    """`statistics` as two float32 tensors (C, 1, 1). Made anew by every call: one that was kept from a `--plan` would
+    be a fake tensor in whatever comes later."""
+    mean_and_std = torch.tensor(statistics(in_chans, cfg)).to(device, non_blocking=True)  # (2, C)
+    return mean_and_std[:, :, None, None].unbind()
+
+
+def normalize(imgs, cfg=None):
+    """uint8 (..., C, H, W) -> float32, about zero mean and unit variance: by --mean and --std of `cfg`."""
+    mean, std = mean_std(imgs.shape[-3], imgs.device, cfg)
     return (imgs / 255 - mean) / std
 
 
-def denormalize(imgs):
+def denormalize(imgs, cfg=None):
     """Normalised (..., C, H, W) -> float32 in [0, 1], for pictures."""
-    mean, std = mean_std(imgs.shape[-3], imgs.device)
+    mean, std = mean_std(imgs.shape[-3], imgs.device, cfg)
     return (imgs.float() * std + mean).clamp(0, 1)
 
 
@@ -35,12 +54,16 @@ class RandomErasing(v2.RandomErasing):
     """Noise in a random box; for uint8, where the published one comes after normalisation: so all that is random
     about an image stays a function of (seed, epoch, index), and its cost stays in the workers."""
 
+    def __init__(self, *args, cfg=None, **options):
+        super().__init__(*args, **options)
+        self.cfg = cfg
+
     # DIFF: random erasing clips its normal noise to what a pixel can hold, about 2 standard deviations.
     def make_params(self, flat_inputs):
         params = super().make_params(flat_inputs)
         noise = params["v"]  # normal, (C, h, w); None where nothing is erased
         if noise is not None:
-            params["v"] = (denormalize(noise) * 255).round().to(torch.uint8)
+            params["v"] = (denormalize(noise, self.cfg) * 255).round().to(torch.uint8)
         return params
 
 
@@ -71,7 +94,8 @@ class CentreCrop:
 
 # What a script's Config need not have.
 DEFAULTS = {"crop_ratio": (3 / 4, 4 / 3), "interpolation": "bicubic", "shift": 0, "rand_augment": False,
-            "color_jitter": 0.0, "random_erasing": 0.0, "crop": "random_resized"}
+            "color_jitter": 0.0, "random_erasing": 0.0, "crop": "random_resized", "mean": (), "std": (),
+            "value_range": ()}
 
 
 def with_defaults(cfg):
@@ -103,12 +127,13 @@ def augmentation(cfg, whole=CentreCrop):
         # DIFF: RandAugment is torchvision's. timm's rand-m9-mstd0.5-inc1, which recipes name, applies each operation
         # with p 0.5, varies its magnitude by normal noise, and knows Invert and SolarizeAdd. Magnitude 9 of 11 bins is
         # its strength (rotation by 27 degrees); 9 of torchvision's 31 would be a third of it.
-        fill = (mean_std(cfg.in_chans)[0] * 255).round().flatten().tolist()
+        fill = (mean_std(cfg.in_chans, cfg=cfg)[0] * 255).round().flatten().tolist()
         steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, interpolation=BILINEAR, fill=fill))
     if cfg.color_jitter:
         steps.append(v2.ColorJitter(*[cfg.color_jitter] * 3))  # brightness, contrast, saturation
     if cfg.random_erasing:
-        steps.append(RandomErasing(cfg.random_erasing, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"))
+        steps.append(RandomErasing(cfg.random_erasing, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random",
+                                   cfg=cfg))
     return v2.Compose(steps)
 
 

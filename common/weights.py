@@ -1,48 +1,45 @@
 """An encoder's weights: read from a run or from elsewhere, and made to fit images and windows of other sizes.
 
-`encoder.pt` is {"arch": what models.from_arch needs, "model": the encoder, "method": who made it, "step"}, and
-"classifier" after fine-tuning, "dense" after tools/dense.py. What other code saved comes in the same form: layouts.py
-knows the names. `from_arch` and `sizes` are those of models.py, which lies above this file.
+`encoder.pt` is {"arch": what models.from_arch needs, "model": the encoder, "method": who made it, "step", and "mean",
+"std" and perhaps "value_range" of its images}, and "classifier" after fine-tuning, "dense" after tools/dense.py. What
+other code saved comes in the same form: formats.py opens its files, and layouts.py knows the names. `from_arch` and
+`sizes` are those of models.py, which lies above this file.
 """
 
-import argparse
-import collections
 import dataclasses
 import json
 import math
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
 
-from common import checkpoint, layouts
+from common import checkpoint, config, layouts, transforms
 from common.config import print_once
+from common.formats import read_any, read_pickled
 from common.layers import window_sizes
-from common.transforms import mean_std
 
 # ---------------------------------------- Reading
 
 # Kinds of the options in "arch".
 OPTIONS = {"window": int, "bias": str, "positions": str, "layer_scale": float, "reduction": list, "max_stride": int,
-           "drop_layers": object}  # which models.build checks
-# Other people's files hold their options, too. These become containers that do nothing.
-OPTION_CLASSES = (argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode"))
+           "num_heads": int, "drop_layers": object}  # which models.build checks
 
 
-def read_encoder(path, from_arch, sizes, img_size=(0, 0)):
-    """The content of an encoder.pt, or of published weights (.pth, .pt, .safetensors) in that form, with "notes" on
-    what was assumed. `img_size`: of the images that published weights were made for, zeros to infer it. ValueError if
-    the file is something else."""
-    is_safetensors = Path(path).suffix == ".safetensors"
-    saved, notes = (unpack(*read_safetensors(path)), []) if is_safetensors else read_pickled(path)
-    is_run = isinstance(saved, dict) and {"config", "step"} <= saved.keys()
-    if not is_run and not (isinstance(saved, dict) and "arch" in saved):
-        saved = layouts.foreign(saved, path, from_arch, sizes, img_size)
+def read_encoder(path, from_arch, sizes, img_size=(0, 0), num_heads=0, which=""):
+    """The content of an encoder.pt, or of published weights (.pth, .pt, .bin, .safetensors, or the .index.json of their
+    parts) in that form, with "notes" on what was assumed. Of published weights: `img_size` of their images, `num_heads`
+    of a ViT, zeros to infer them, and `which` of several in a file. ValueError if the file is something else."""
+    saved, notes = read_any(path)
+    if isinstance(saved, dict) and saved.keys() == {"model", "optimizer", "scaler", "step", "config"}:
+        raise ValueError(f"{path} is a last.pt, from which --resume goes on; the encoder.pt beside it is for --init")
+    if not is_own(saved):
+        saved = layouts.foreign(saved, path, from_arch, sizes, img_size, num_heads, which)
         return {**saved, "notes": saved["notes"] + notes}
-    if any(img_size):
-        raise ValueError(f"--init_size is of weights that do not hold their size themselves, as {path} does")
+    for name, value in (("init_size", any(img_size)), ("num_heads", num_heads), ("weights", which)):
+        if value:
+            raise ValueError(f"--{name} is of weights that do not tell it themselves, as {path} does")
     saved.pop("notes", None)  # of an earlier load
     try:
         saved["arch"] = arch = {**saved["arch"]}
@@ -58,48 +55,12 @@ def read_encoder(path, from_arch, sizes, img_size=(0, 0)):
     return saved
 
 
-def read_pickled(path):
-    """(content, notes) of a file of torch.save, be it other people's: it may hold their options, and be of the format
-    before 1.6, pickles in a row, of which the first is a magic number. Errors as of checkpoint.read."""
-    checkpoint.require_room(path)
-    start = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-    with open(path, "rb") as file:
-        is_old = file.read(len(start)) == start
-    content = checkpoint.read(path, OPTION_CLASSES, has_checksums=not is_old)
-    return content, ["a file this old has no checksums"] * is_old
-
-
-def read_safetensors(path):
-    """({name: tensor}, metadata {str: str}) of a file; it has no checksums. ValueError (one line) if it is damaged, or
-    without the library."""
-    checkpoint.require_room(path)
-    safetensors = safetensors_library()
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except Exception as error:  # of the library, and of what Python thinks of a shape
-        raise ValueError(f"{path} is not a whole checkpoint: {' '.join(str(error).split())[:200]}") from error
-
-
-def safetensors_library():
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ValueError("a .safetensors file needs the safetensors library: pip install safetensors") from error
-    return safetensors
-
-
-def unpack(tensors, metadata):
-    """The encoder.pt that tools/convert.py packed into a safetensors file; of somebody else's the tensors alone."""
-    try:
-        saved = json.loads(metadata["encoder"])
-        head = {name: tensors[name] for name in tensors if name.startswith(("head.", "fc_norm."))}
-        saved["model"] = {name: tensor for name, tensor in tensors.items() if name not in head}
-        if "classifier" in saved:
-            saved["classifier"]["tensors"] = head
-        return saved
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        return tensors
+def is_own(saved):
+    """Is it an encoder.pt of ours, or meant to be one? Other code has an "arch" that is a name, say."""
+    if not isinstance(saved, dict) or not {"arch", "model"} <= saved.keys() or isinstance(saved["arch"], str):
+        return False
+    looks_like = isinstance(saved["arch"], dict) and {"model", "img_size"} <= saved["arch"].keys()
+    return "method" in saved or looks_like
 
 
 def is_encoder(saved, from_arch):
@@ -107,6 +68,8 @@ def is_encoder(saved, from_arch):
     network of torchvision is? ValueError, or an error of its kind, for nonsense."""
     arch, tensors, options = saved["arch"], saved["model"], saved["arch"]["options"]
     json.dumps([arch, saved.get("method"), saved.get("step")])  # TypeError unless plain data
+    if not has_statistics(saved):
+        return False
     numbers = [*arch["img_size"], arch["patch_size"], arch["in_chans"]]
     if len(numbers) != 4 or not all(type(n) is int and 0 < n <= 2**16 for n in numbers):
         return False
@@ -123,6 +86,16 @@ def is_encoder(saved, from_arch):
     if any(own[name].shape != tensors[name].shape for name in own.keys() & tensors.keys()):
         return False
     return all(name.startswith("norm.") for name in own.keys() - tensors.keys())  # a head took its place
+
+
+def has_statistics(saved):
+    """Are "mean", "std" and "value_range" what they should be, as far as they are there?"""
+    C, value_range = saved["arch"]["in_chans"], saved.get("value_range", [0, 1])
+    lists = [saved.get("mean", [0.5] * C), saved.get("std", [0.5] * C), value_range]
+    are_numbers = all(type(n) in (int, float) and math.isfinite(n) for numbers in lists for n in numbers)
+    if not are_numbers or [len(numbers) for numbers in lists] != [C, C, 2]:
+        return False
+    return min(lists[1], default=0) > 0 and value_range[0] < value_range[1]
 
 
 def is_classifier(head):
@@ -143,18 +116,51 @@ def lost_its_norm(saved):
 # ---------------------------------------- From --init to an encoder
 
 def as_in_init(cfg, from_arch, sizes):
-    """(cfg with model, patch_size, in_chans and img_size as --init has them, content of --init or None). ValueError or
-    FileNotFoundError if it is no encoder, or another one than the options ask for."""
+    """(cfg with model, patch_size, in_chans, img_size, mean, std and value_range as --init has them, content of --init
+    or None). ValueError or FileNotFoundError if it is no encoder, or another one than the options ask for."""
     saved, arch = None, {"in_chans": 3, "img_size": (224, 224)}
     if cfg.init != "none":
-        saved = read_encoder(cfg.init, from_arch, sizes, cfg.init_size)
+        saved = read_encoder(cfg.init, from_arch, sizes, cfg.init_size, cfg.num_heads, cfg.weights)
         arch = saved["arch"]
         for name, value in (("model", cfg.model), ("patch_size", cfg.patch_size)):
             if value not in ("auto", 0, arch[name]):
                 raise ValueError(f"--{name} {value}, but the encoder in {cfg.init} has {name} {arch[name]}")
         cfg = dataclasses.replace(cfg, model=arch["model"], patch_size=arch["patch_size"])
+    elif cfg.num_heads or cfg.weights:
+        raise ValueError("--num_heads and --weights are of published weights, in --init")
     img_size = cfg.img_size if any(cfg.img_size) else tuple(arch["img_size"])
-    return dataclasses.replace(cfg, img_size=img_size, in_chans=cfg.in_chans or arch["in_chans"]), saved
+    cfg = dataclasses.replace(cfg, img_size=img_size, in_chans=cfg.in_chans or arch["in_chans"])
+    config.check_channels(cfg)
+    return with_statistics(cfg, saved) if saved else (cfg, saved)
+
+
+def with_statistics(cfg, saved):
+    """(cfg, saved) with mean and std of the images that each is for. What cfg asks for holds for both; or else those of
+    the weights do or, for other channels, those that are usual (and `fit_channels` makes the weights fit)."""
+    asked, same_channels = bool(cfg.mean or cfg.std), cfg.in_chans == saved["arch"]["in_chans"]
+    mean, std = statistics_of(saved)
+    notes = []
+    if asked and same_channels:
+        own, (mean, std) = (mean, std), transforms.statistics(cfg.in_chans, cfg)
+        if own != (mean, std) and "mean" in saved:
+            notes = [f"normalised by mean {listed(mean)}, std {listed(std)}, as asked for, and not as in its training"]
+    elif "mean" not in saved and "notes" in saved:  # from elsewhere
+        notes = [f"images taken to be normalised by mean {listed(mean)}, std {listed(std)} (--mean, --std): weights do "
+                 "not tell"]
+    saved = {**saved, "mean": mean, "std": std, "notes": [*saved.get("notes", []), *notes]}
+    if same_channels:
+        cfg = dataclasses.replace(cfg, mean=tuple(mean), std=tuple(std))
+    return dataclasses.replace(cfg, value_range=cfg.value_range or tuple(saved.get("value_range", ()))), saved
+
+
+def statistics_of(saved):
+    """(mean, std) of the images that the encoder of an encoder.pt was made for; older files are of the usual ones."""
+    usual = transforms.statistics(saved["arch"]["in_chans"])
+    return saved.get("mean", usual[0]), saved.get("std", usual[1])
+
+
+def listed(numbers):
+    return ",".join(f"{number:g}" for number in numbers)
 
 
 def encoder_for(cfg, saved, from_arch, trains, final_norm=True):
@@ -172,17 +178,19 @@ def encoder_for(cfg, saved, from_arch, trains, final_norm=True):
     return encoder
 
 
-def load_encoder(encoder, saved, path, fresh=()):
-    """Copy the encoder of an encoder.pt, its tables and patch embedding resized to what `encoder` has, and print what
-    was done; `fresh` names what of a model is newly initialised beside it. ValueError if heads, depth, width or patch
-    differ (weights of 12 heads fit 6 heads, and are wrong there), or if a tensor would be left unset."""
+def load_encoder(encoder, saved, path, fresh=(), cfg=None):
+    """Copy the encoder of an encoder.pt, its tables and patch embedding made to fit what `encoder` has, and images as
+    `cfg` normalises them, and print what was done; `fresh` names what of a model is newly initialised beside it.
+    ValueError if heads, depth, width or patch differ (weights of 12 heads fit 6 heads, and are wrong there), or if a
+    tensor would be left unset."""
     arch, tensors = saved["arch"], dict(saved["model"])
     there, here = {**arch, **arch["options"]}, {**encoder.arch, **encoder.arch["options"]}
     for name in ("model", "patch_size", "width", "depth", "num_heads", "bias", "layer_scale"):
         if there.get(name) != here.get(name):
             raise ValueError(f"{path} holds an encoder with {name} {there.get(name)}, not {here.get(name)}")
     method = "bicubic" if saved.get("method") == "FastMIM" else "geometric"  # each as its own fine-tuning
-    notes = [*saved.get("notes", []), *fit_channels(tensors, arch, encoder, path),
+    images = transforms.statistics(encoder.arch["in_chans"], cfg)
+    notes = [*saved.get("notes", []), *fit_channels(tensors, saved, encoder, images, path),
              *fit_tables(tensors, arch, encoder, path, method)]
     over = [name for name in tensors if name not in encoder.state_dict()]
     if over and all(name.startswith("norm.") for name in over):  # a head with its own norm replaces the last one
@@ -202,26 +210,27 @@ def frozen_encoder(source, cfg, from_arch, sizes):
     if source.startswith("torchvision:"):
         encoder = from_arch({"model": source, "patch_size": 0, "options": {}, **images})
         if not cfg.plan:
-            load_published(encoder, source.removeprefix("torchvision:"), cfg.download)
+            load_published(encoder, source.removeprefix("torchvision:"), cfg)
     else:
         saved = read_encoder(source, from_arch, sizes)
         encoder = from_arch(saved["arch"], **images, final_norm=not lost_its_norm(saved))
         if not cfg.plan:
-            load_encoder(encoder, saved, source)
+            load_encoder(encoder, saved, source, cfg=cfg)
     return encoder.eval().requires_grad_(False)
 
 
-def load_published(encoder, name, download):
+def load_published(encoder, name, cfg):
     """Copy torchvision's best weights of its model `name` into an encoder of backbones.py. ValueError if torchvision
-    has not fetched them and `download` is not set, if they are damaged or hostile, or if they were trained on images
-    that were normalised in another way than ours."""
+    has not fetched them and --download is not set, if they are damaged or hostile, or if they were trained on images
+    that were normalised in another way than `cfg` says."""
     best = torchvision.models.get_model_weights(name).DEFAULT
-    as_ours = torch.allclose(torch.tensor(best.transforms().mean), mean_std(3)[0].view(3))
+    published, here = best.transforms(), transforms.statistics(3, cfg)
+    as_ours = torch.allclose(torch.tensor([published.mean, published.std]), torch.tensor(here))
     if name in ("googlenet", "inception_v3") or not as_ours:
         raise ValueError(f"torchvision's weights of {name} take images that are normalised in another way")
     path = Path(torch.hub.get_dir()) / "checkpoints" / best.url.rsplit("/", 1)[1]
     if not path.exists():
-        if not download:
+        if not cfg.download:
             raise ValueError(f"torchvision's weights of {name} are not at {path}: --download fetches them")
         try:
             best.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -243,22 +252,37 @@ def load_published(encoder, name, download):
 
 # ---------------------------------------- Other channels, image sizes and windows
 
-def fit_channels(tensors, arch, encoder, path):
-    """Make the patch embedding in `tensors` fit images of other channels; the sum over channels stays, so that a grey
-    image looks as before. Returns what was done, as lines."""
-    name, old, new = "patch_embed.proj.weight", arch["in_chans"], encoder.arch["in_chans"]
-    if old == new:
+def fit_channels(tensors, saved, encoder, images, path):
+    """Make the patch embedding in `tensors` fit images of other channels, or with another mean and std: `images`. A
+    grey image gives what it gave before, exactly (patches that overlap the border of an image aside), because the
+    weights of new channels sum up to those of old ones. Returns what was done, as lines."""
+    weight_name, bias_name = "patch_embed.proj.weight", "patch_embed.proj.bias"
+    (old_mean, old_std), (new_mean, new_std) = statistics_of(saved), images
+    old, new = len(old_mean), len(new_mean)
+    if (list(old_mean), list(old_std)) == (list(new_mean), list(new_std)):
         return []
-    own, weight = encoder.state_dict().get(name), tensors.get(name)
-    if own is None or weight is None or weight.shape != (len(own), old, *own.shape[2:]):
-        raise ValueError(f"{path} holds an encoder with in_chans {old}, not {new}, and nothing that could be resized")
-    if new == 1:
-        tensors[name] = weight.sum(dim=1, keepdim=True)  # (D, 1, p, p)
-        rule = "their sum"
-    else:
-        tensors[name] = weight[:, torch.arange(new) % old] * (old / new)  # (D, new, p, p)
-        rule = f"the {old} in turn, times {old}/{new}"
-    return [f"patch embedding of {old} channels made one of {new}: {rule}"]
+    own, weight, bias = encoder.state_dict().get(weight_name), tensors.get(weight_name), tensors.get(bias_name)
+    if own is None or weight is None or bias is None or weight.shape != (len(own), old, *own.shape[2:]):
+        what = f"in_chans {old}, not {new}" if old != new else f"mean {listed(old_mean)}, std {listed(old_std)}"
+        raise ValueError(f"{path} holds an encoder with {what}, and nothing that could be made to fit")
+
+    # share[k, c]: how much of old channel c becomes new channel k. Each column sums up to 1.
+    share = torch.zeros(new, old, dtype=torch.float64)
+    for i in range(max(old, new)):
+        share[i % new, i % old] = 1
+    share = share / share.sum(dim=0)
+    # x_c = (pixel - m_c) / s_c = x'_k s'_k / s_c + (m'_k - m_c) / s_c, with ' for the new images
+    old_mean, old_std = torch.tensor([old_mean, old_std], dtype=torch.float64)  # each (old,)
+    new_mean, new_std = torch.tensor([new_mean, new_std], dtype=torch.float64)  # each (new,)
+    scale = share * new_std[:, None] / old_std  # (new, old)
+    shift = (share * (new_mean[:, None] - old_mean) / old_std).sum(dim=0)  # (old,)
+    tensors[weight_name] = torch.einsum("kc,dcij->dkij", scale, weight.double()).to(weight.dtype)  # (D, new, p, p)
+    tensors[bias_name] = (bias.double() + weight.double().sum(dim=(2, 3)) @ shift).to(bias.dtype)  # (D,)
+    if old == new:
+        return [f"patch embedding made to fit images normalised by mean {listed(images[0])}, std {listed(images[1])}"]
+    rule = "their sum" if new == 1 else f"the {old} in turn, in equal shares"
+    return [f"patch embedding of {old} channels made one of {new}: {rule}, for a mean of {listed(images[0])} and a std "
+            f"of {listed(images[1])}"]
 
 
 def fit_tables(tensors, arch, encoder, path, method):

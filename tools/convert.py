@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import models
-from common import checkpoint, folder, layouts, weights
+from common import checkpoint, folder, formats, layouts, weights
 from common.config import Size, parse_value, user_errors
 from common.layers import offset_index, raster, window_sizes
 from common.randomness import seed_of
@@ -27,6 +27,8 @@ def show(saved, path):
     arch, head, tensors = saved["arch"], saved.get("classifier"), saved["model"]
     print(f"{path}: {saved.get('method')}", *saved.get("notes", []), sep="\n  ")
     print("  " + ", ".join(f"{name} {value}" for name, value in arch.items()))
+    mean, std = map(weights.listed, weights.statistics_of(saved))
+    print(f"  of images with mean {mean}, std {std}" + ", if they were the usual ones" * ("mean" not in saved))
     if head:
         print(f"  classifier: pool {head['pool']}, norm {head['head_norm']}, {len(head['classes'])} classes")
     print(f"  {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M numbers")
@@ -118,14 +120,15 @@ def export(saved, path, target, out):
 def write_safetensors(out, tensors, metadata):
     """OSError, and what was there, if the disk is full."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    content = weights.safetensors_library().torch.save(tensors, metadata)
+    content = formats.safetensors_library().torch.save(tensors, metadata)
     with folder.replacing(out) as part:
         part.write_bytes(content)
 
 
 def pack(saved):
-    """(tensors, metadata) of an encoder.pt for a safetensors file: weights.unpack is the inverse."""
-    about, tensors = {name: saved.get(name) for name in ("arch", "method", "step")}, saved["model"]
+    """(tensors, metadata) of an encoder.pt for a safetensors file: formats.unpack is the inverse."""
+    kept = ("arch", "method", "step", "mean", "std", "value_range")
+    about, tensors = {name: saved[name] for name in kept if name in saved}, saved["model"]
     if "classifier" in saved:
         about["classifier"] = dict(saved["classifier"])
         tensors = {**tensors, **about["classifier"].pop("tensors")}
@@ -134,7 +137,8 @@ def pack(saved):
 
 def require_known(saved, target):
     """ValueError, in one line, unless timm or torchvision has an encoder, and a head, like those in `saved`."""
-    arch, head, options = saved["arch"], saved.get("classifier"), saved["arch"]["options"]
+    arch, head = saved["arch"], saved.get("classifier")
+    options = {name: value for name, value in arch["options"].items() if name != "num_heads"}  # theirs to choose
     is_vit, is_swin = arch["model"] in models.VIT, arch["model"] in models.SWIN
     is_own = arch["model"].startswith("torchvision:") and not arch["model"].startswith("torchvision:vit_")
     known = is_swin and options["bias"] == "table"
@@ -243,6 +247,8 @@ def main(argv=None):
         command = commands.add_parser(name)
         command.add_argument("file", help="encoder.pt, or weights from elsewhere")
         command.add_argument("--init_size", default="0", help="HxW of the images that the weights were made for")
+        command.add_argument("--num_heads", type=int, default=0, help="of a ViT from elsewhere, if not as is usual")
+        command.add_argument("--weights", default="", help="which of several in a file from elsewhere, as ema")
         if name != "show":
             command.add_argument("out", type=Path, help="file to write; .safetensors at its end makes it one")
         if name == "export":
@@ -254,7 +260,8 @@ def main(argv=None):
     args = parser.parse_args(words)
     with user_errors():
         img_size = parse_value("init_size", Size, args.init_size)
-        saved = weights.read_encoder(args.file, models.from_arch, models.SIZES, img_size)
+        saved = weights.read_encoder(args.file, models.from_arch, models.SIZES, img_size, args.num_heads,
+                                     args.weights)
         if args.command == "show":
             return show(saved, args.file)
         for path in (args.out, args.out.with_name(args.out.name + ".tmp")):  # where checkpoint.write begins

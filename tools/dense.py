@@ -42,6 +42,8 @@ class Config(config.RunConfig):
     task: str = "segment"  # segment: a class for every pixel; depth: metres
     init: str = "none"  # encoder.pt of any run, or published weights; none for random weights
     init_size: config.Size = (0, 0)  # of the images that published weights were made for, where they do not tell
+    num_heads: int = 0  # of published weights of a ViT, where they do not tell; 0 as is usual for its size
+    weights: str = ""  # which of several in a published file, as ema; empty for model or state_dict
     freeze: bool = False  # train the head alone
     model: str = "auto"  # vit_tiny, vit_b, swin_t, ..., see models.py; auto takes it from --init
     patch_size: int = 0  # pixels; 0 takes it from --init, or is 16 for a ViT and 4 for a pyramid
@@ -153,7 +155,7 @@ def build_dense(cfg, saved, classes, load=True):
     encoder = weights.encoder_for(cfg, saved, models.from_arch, not cfg.freeze, final_norm=False)
     model = Dense(encoder, task, cfg.img_size, width, cfg.freeze)
     if saved and load:
-        weights.load_encoder(encoder, saved, cfg.init, () if cfg.eval else model.export()["tensors"])
+        weights.load_encoder(encoder, saved, cfg.init, () if cfg.eval else model.export()["tensors"], cfg)
     if cfg.eval:
         own = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
         checkpoint.load_exactly(model, {**tensors, **own}, cfg.init)
@@ -211,7 +213,7 @@ def main(argv=None):
         loss_sum = torch.zeros((), device=run.device)
         for micro_step in range(num_micro_batches):
             (imgs, labels), _, positions = next(batches)  # positions of these images in the global batch
-            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True))  # (B, C, H, W)
+            imgs = transforms.normalize(imgs.to(run.device, non_blocking=True), cfg)  # (B, C, H, W)
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
                 output = net(imgs, noise[positions].to(run.device)).float()  # (B, K, H, W)

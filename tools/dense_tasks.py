@@ -104,7 +104,7 @@ def accuracy(run, model, loader):
     neighbours.ready(run, model)
     for (imgs, labels), _, _ in loader:
         with run.autocast():
-            output = model(transforms.normalize(imgs.to(run.device)))  # (B, K, H, W)
+            output = model(transforms.normalize(imgs.to(run.device), run.cfg))  # (B, K, H, W)
         tally[:-1] += model.task.tally(model.task.predict(output.float()), labels.to(run.device))
         tally[-1] += len(imgs)
         num_bad += (~output.isfinite()).sum()
@@ -120,6 +120,6 @@ def accuracy(run, model, loader):
 def pictures(model, dataset, run, n=8):
     """{row title: (n, C, H, W) in [0, 1]}: the first images of a data set, their labels, what is predicted."""
     (imgs, labels), _, _ = next(iter(data.loader(dataset, data.in_order(len(dataset), n))))
-    output = model.eval()(transforms.normalize(imgs.to(run.device))).float().cpu()
+    output = model.eval()(transforms.normalize(imgs.to(run.device), run.cfg)).float().cpu()
     return {"image": imgs / 255, "label": model.task.paint(labels),
             "prediction": model.task.paint(model.task.predict(output))}

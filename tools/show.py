@@ -27,9 +27,9 @@ def predict(images, **options):
     model = finetune.build_classifier(cfg, saved, classes).to(run.device).eval()
     crop = CentreCrop(cfg.img_size, v2.InterpolationMode.BICUBIC)
     for path in images:
-        image = crop(decode(path, cfg.in_chans))  # (C, H, W)
+        image = crop(decode(path, cfg.in_chans, value_range=cfg.value_range or None))  # (C, H, W)
         with run.autocast():
-            logits = model(normalize(image[None].to(run.device)))  # (1, K)
+            logits = model(normalize(image[None].to(run.device), cfg))  # (1, K)
         share, best = logits[0].float().softmax(dim=0).max(dim=0)
         if not share.isfinite():
             raise ValueError(f"{path}: the classifier's outputs are not finite")

@@ -18,7 +18,7 @@ from test_protocols import STILL, edited, one_line, pretrained, tune  # noqa: F4
 import data
 import finetune
 import models
-from common import checkpoint, engine, weights
+from common import checkpoint, engine, formats
 from tools import convert, dense
 
 DENSE = flags(data="shapes", task="depth", model=None, img_size=16, batch_size=4, micro_batch=4, epochs=1, labels=10,
@@ -379,7 +379,7 @@ def test_a_file_larger_than_memory_is_refused_at_once(tmp_path, name):
     with pytest.raises(ValueError, match="more than this machine's memory"):
         read_encoder(tmp_path / name)
     with pytest.raises(ValueError, match="memory"):
-        (checkpoint.read if name == "a.pt" else weights.read_safetensors)(tmp_path / name)
+        (checkpoint.read if name == "a.pt" else formats.read_safetensors)(tmp_path / name)
 
 
 def test_metadata_of_safetensors_that_lie_are_refused(tmp_path):

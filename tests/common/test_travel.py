@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune
 import models
-from common import checkpoint, weights
+from common import checkpoint, formats, transforms, weights
 from tools import convert
 
 DEPTHS = (2, 1, 1, 1)
@@ -337,7 +337,7 @@ def in_order(tensors):
 def test_safetensors_make_the_round_trip(tmp_path):
     ours = tensors_of_all_kinds()
     convert.write_safetensors(tmp_path / "a.safetensors", ours, {"format": "pt", "who": "wir, ä"})
-    found, about = weights.read_safetensors(tmp_path / "a.safetensors")
+    found, about = formats.read_safetensors(tmp_path / "a.safetensors")
     assert equal(in_order(found), in_order(ours)) and about == {"format": "pt", "who": "wir, ä"}
     assert equal(in_order(load_file(tmp_path / "a.safetensors")), in_order(ours))
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -389,7 +389,7 @@ def test_a_header_that_lies_is_refused(tmp_path, lie):
     assert len(str(caught.value).splitlines()) == 1
     honest = json.dumps({"a": entry()}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(honest).to_bytes(8, "little") + honest + bytes(16))
-    assert equal(weights.read_safetensors(tmp_path / "a.safetensors")[0], {"a": torch.zeros(2, 2)})
+    assert equal(formats.read_safetensors(tmp_path / "a.safetensors")[0], {"a": torch.zeros(2, 2)})
 
 
 def test_random_changes_of_a_header_never_do_more_than_be_refused(tmp_path):
@@ -402,7 +402,7 @@ def test_random_changes_of_a_header_never_do_more_than_be_refused(tmp_path):
             bad[draw.randrange(8, len(whole) - 40)] = draw.randrange(256)
         path.write_bytes(bad)
         with contextlib.suppress(ValueError):
-            found, _ = weights.read_safetensors(path)
+            found, _ = formats.read_safetensors(path)
             assert sum(tensor.nbytes for tensor in found.values()) == 40
 
 
@@ -442,12 +442,29 @@ def test_channels_of_a_patch_embedding(channels):
     old = stirred(models.build(*VIT))
     encoder = rebuild({"arch": old.arch, "model": old.state_dict()}, in_chans=channels)
     weight, new = old.patch_embed.proj.weight, encoder.patch_embed.proj.weight
-    if channels == 1:  # a grey image, as one channel and as three
-        grey = torch.randn(2, 1, 32, 32)
-        torch.testing.assert_close(encoder(grey), old(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
-    else:
+    _, std = transforms.statistics(3)
+    if channels == 1:
+        folded = sum(weight[:, c] * 0.25 / std[c] for c in range(3))
+        torch.testing.assert_close(new[:, 0], folded)
+    elif channels % 3 == 0:
         for c in range(channels):
-            torch.testing.assert_close(new[:, c], weight[:, c % 3] * 3 / channels)
+            torch.testing.assert_close(new[:, c], weight[:, c % 3] * 3 / channels * 0.25 / std[c % 3])
+
+    # A grey image gives the same features, each number of channels normalised in its own way.
+    grey = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    before = old(transforms.normalize(grey.expand(-1, 3, -1, -1)))
+    after = encoder(transforms.normalize(grey.expand(-1, channels, -1, -1)))
+    assert (after - before).norm() / before.norm() < 1e-6
+
+
+def test_another_normalisation_is_folded_into_the_patch_embedding():
+    """Weights of 0.5 and 0.5, as a teacher of images that are normalised as ImageNet's."""
+    old = stirred(models.build(*VIT))
+    half = types.SimpleNamespace(mean=(0.5,), std=(0.5,))
+    encoder = rebuild({"arch": old.arch, "model": old.state_dict(), "mean": [0.5] * 3, "std": [0.5] * 3})
+    imgs = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    before, after = old(transforms.normalize(imgs, half)), encoder(transforms.normalize(imgs))
+    assert (after - before).norm() / before.norm() < 1e-6
 
 
 @pytest.mark.parametrize("method,how", [("FastMIM", "bicubic"), ("SimMIM", "geometric"), (None, "geometric")])

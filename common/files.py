@@ -1,0 +1,95 @@
+"""Picture files as they are: which ones are read, and what of them Pillow would cut off, turn over or leave out."""
+
+import contextlib
+import re
+import sys
+import warnings
+
+import numpy as np
+from PIL import Image
+
+# What is read, whatever a name says, if the installed Pillow can. Of the others that it knows, EPS runs programs.
+SUFFIXES = Image.registered_extensions()  # {suffix: format}; this also loads all of Pillow
+FORMATS = "JPEG JPEG2000 PNG BMP DIB GIF WEBP AVIF TIFF PPM TGA PCX QOI".split()
+FORMATS = [name for name in FORMATS if name in Image.OPEN]
+EXTENSIONS = (*sorted(suffix for suffix, name in SUFFIXES.items() if name in FORMATS), ".npy")
+
+ORIENTATION = 0x0112  # EXIF
+PHOTOMETRIC, SAMPLES, EXTRA_SAMPLES = 262, 277, 338  # TIFF
+COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # numbers of a pixel, by PHOTOMETRIC
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The file as a lazy PIL image. Above 89 Mpx, where Pillow would only warn, this is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+
+
+def orientation(image):
+    """How a picture lies in its file, by its EXIF tag: 1 for upright, up to 8."""
+    tag = image.getexif().get(ORIENTATION, 1)
+    return tag if tag in range(1, 9) else 1
+
+
+def is_negative(image):
+    """Is 0 white in it (MinIsWhite)? Pillow turns 8 bits over, and leaves more as they are."""
+    return image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0 and image.mode[0] in "IF"
+
+
+def unknown_bands(image):
+    """How many numbers a pixel has, if some are neither colour nor, as the file says, transparency: infrared, say. Else
+    0. Pillow leaves them out, or takes them for transparency."""
+    if image.format != "TIFF":
+        return 0
+    samples, extra = image.tag_v2.get(SAMPLES, 1), image.tag_v2.get(EXTRA_SAMPLES, ())
+    has_alpha = extra[:1] in ((1,), (2,))
+    known = COLOURS.get(image.tag_v2.get(PHOTOMETRIC), samples) + has_alpha
+    return 0 if samples == known else samples
+
+
+def numbers(image):
+    """The numbers (h, w) or (h, w, C) of a picture whose file has more than 8 bits for each, else None. ValueError
+    where Pillow gives 8 of them at most."""
+    codec, _, _, arguments = image.tile[0] if image.tile else ("", None, 0, None)
+    layout, *more = arguments if isinstance(arguments, tuple) else (arguments,)  # RGB;16B, ...
+    maximum = more[0] if codec.startswith("ppm") else 255  # that the header of a PPM file names
+    if image.mode[0] in "IF":
+        array = np.array(image)
+        if codec.startswith("ppm") and image.mode == "I":  # Pillow has scaled it to 65535
+            array = np.rint(array * (maximum / 65535)).astype(np.uint16)
+        return array
+
+    found = re.fullmatch(r"(\w+);16([LBN])", str(layout))
+    if found and found[1] in ("RGB", "RGBA"):
+        return both_bytes(image, found[1], found[2])
+    if found or maximum > 255 or (image.format == "JPEG2000" and jpeg2000_bits(image) > 8):
+        raise ValueError("more than 8 bits in several channels, of which Pillow gives 8: convert it to PNG, or to .npy")
+    return None
+
+
+def both_bytes(image, colours, order):
+    """(h, w, C) uint16 of a picture of 16 bits, of which Pillow keeps the high bytes. Opened with bytes swapped, it
+    keeps the low ones."""
+    high = np.array(image)  # (h, w, C)
+    if order == "N":
+        order = "L" if sys.byteorder == "little" else "B"
+    swapped = f"{colours};16{'B' if order == 'L' else 'L'}"
+    with opened(image.filename) as again:
+        tiles = []
+        for codec, extents, offset, arguments in again.tile:
+            arguments = swapped if isinstance(arguments, str) else (swapped, *arguments[1:])
+            tiles.append((codec, extents, offset, arguments))
+        again.tile = tiles
+        low = np.array(again)  # (h, w, C)
+    return high.astype(np.uint16) * 256 + low
+
+
+def jpeg2000_bits(image):
+    """Bits of the first channel, from the header of the code stream (ISO 15444-1, A.5.1)."""
+    with open(image.filename, "rb") as file:
+        start = file.read(100_000)
+    size = start.find(b"\xff\x4f\xff\x51") + 2
+    return (start[size + 40] & 0x7F) + 1
