@@ -21,10 +21,11 @@ COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # numbers of a pixel
 
 @contextlib.contextmanager
 def opened(path):
-    """The file as a lazy PIL image. Above 89 Mpx, where Pillow would only warn, this is an error."""
+    """The file as a lazy PIL image. Above 89 Mpx, where Pillow would only warn, this is an error. It gets no path: Pillow
+    13 maps an uncompressed TIFF of that, and scrambles its pixels if EXIF turns them by 90 degrees."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as image:
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             yield image
 
 
@@ -50,9 +51,9 @@ def unknown_bands(image):
     return 0 if samples == known else samples
 
 
-def numbers(image):
-    """The numbers (h, w) or (h, w, C) of a picture whose file has more than 8 bits for each, else None. ValueError
-    where Pillow gives 8 of them at most."""
+def numbers(image, path):
+    """The numbers (h, w) or (h, w, C) of a picture, opened at `path`, whose file has more than 8 bits for each, else
+    None. ValueError where Pillow gives 8 of them at most."""
     codec, _, _, arguments = image.tile[0] if image.tile else ("", None, 0, None)
     layout, *more = arguments if isinstance(arguments, tuple) else (arguments,)  # RGB;16B, ...
     maximum = more[0] if codec.startswith("ppm") else 255  # that the header of a PPM file names
@@ -64,20 +65,20 @@ def numbers(image):
 
     found = re.fullmatch(r"(\w+);16([LBN])", str(layout))
     if found and found[1] in ("RGB", "RGBA"):
-        return both_bytes(image, found[1], found[2])
-    if found or maximum > 255 or (image.format == "JPEG2000" and jpeg2000_bits(image) > 8):
+        return both_bytes(image, path, found[1], found[2])
+    if found or maximum > 255 or (image.format == "JPEG2000" and jpeg2000_bits(path) > 8):
         raise ValueError("more than 8 bits in several channels, of which Pillow gives 8: convert it to PNG, or to .npy")
     return None
 
 
-def both_bytes(image, colours, order):
+def both_bytes(image, path, colours, order):
     """(h, w, C) uint16 of a picture of 16 bits, of which Pillow keeps the high bytes. Opened with bytes swapped, it
     keeps the low ones."""
     high = np.array(image)  # (h, w, C)
     if order == "N":
         order = "L" if sys.byteorder == "little" else "B"
     swapped = f"{colours};16{'B' if order == 'L' else 'L'}"
-    with opened(image.filename) as again:
+    with opened(path) as again:
         tiles = []
         for codec, extents, offset, arguments in again.tile:
             arguments = swapped if isinstance(arguments, str) else (swapped, *arguments[1:])
@@ -87,9 +88,9 @@ def both_bytes(image, colours, order):
     return high.astype(np.uint16) * 256 + low
 
 
-def jpeg2000_bits(image):
+def jpeg2000_bits(path):
     """Bits of the first channel, from the header of the code stream (ISO 15444-1, A.5.1)."""
-    with open(image.filename, "rb") as file:
+    with open(path, "rb") as file:
         start = file.read(100_000)
     size = start.find(b"\xff\x4f\xff\x51") + 2
     return (start[size + 40] & 0x7F) + 1

@@ -91,7 +91,7 @@ def read_picture(path, in_chans, min_side, value_range):
         bands = files.unknown_bands(image)
         if bands and not bands == (in_chans or bands) == 4:
             raise ValueError(f"{bands} channels, not all of them colours, --in_chans is {in_chans}: .npy holds any")
-        wide = files.numbers(image)
+        wide = files.numbers(image, path)
         if wide is not None:
             turn = files.orientation(image)  # after loading, which turns a TIFF
             image = from_numbers(wide, value_range, bands, files.is_negative(image))
@@ -103,7 +103,7 @@ def read_picture(path, in_chans, min_side, value_range):
 
         if bands:  # as they are; of RGB, Pillow keeps the fourth as padding
             (w, h), mode = image.size, "RGBX" if image.mode == "RGB" else "RGBA"
-            return np.frombuffer(image.tobytes("raw", mode), np.uint8).reshape(h, w, 4)
+            return np.frombuffer(bytearray(image.tobytes("raw", mode)), np.uint8).reshape(h, w, 4)
         if in_chans != 4 and image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -189,7 +189,7 @@ def wide_numbers(path):
             array = read_array(path)
             return array if array.dtype.kind in "iuf" and array.dtype != np.uint8 else None
         with opened(path) as image:
-            return files.numbers(image)
+            return files.numbers(image, path)
 
 
 def class_folders(root, split, alone=False):

@@ -198,12 +198,14 @@ def test_the_numbers_of_a_pgm_are_those_of_its_file(tmp_path):
         images.decode(str(path), 3)
 
 
-def test_sixteen_bits_are_turned_by_exif(tmp_path):
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_every_depth_is_turned_by_exif(tmp_path, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6
-    path = str(write(tmp_path / "a.tif", WIDE, exif=exif))
-    found = images.decode(path, 1, value_range=(0, 4095))[0].numpy()
-    assert np.array_equal(found, np.rot90(images.to_bytes(WIDE, (0, 4095)), -1))
+    grey = images.to_bytes(WIDE, (0, 4095))
+    for array in (WIDE, grey, np.stack([grey] * 3, axis=2)):
+        path = str(write(tmp_path / f"a{suffix}", array, exif=exif))
+        assert np.array_equal(images.decode(path, 1, value_range=(0, 4095))[0].numpy(), np.rot90(grey, -1))
 
 
 def test_a_fourth_band_stays_or_is_refused(tmp_path):
