@@ -224,9 +224,9 @@ def build_classifier(cfg, saved, classes, load=True):
     if is_unnamed and cfg.pool != "auto":  # nor do names tell what it pools
         head = {**head, "pool": cfg.pool}
         saved = {**saved, "classifier": head}
-    if evaluates and not (head and (is_unnamed or head["classes"] == classes)):
-        raise ValueError(f"{cfg.init} holds no classifier of the {len(classes)} classes "
-                         f"{', '.join(classes)[:80]}")
+    if evaluates:
+        head = evaluate.of_classes(head, classes, cfg.init)
+        saved = {**saved, "classifier": head}
 
     pool, head_norm = choose_head(cfg, saved, evaluates)
     trains = cfg.mode == "finetune"
@@ -421,6 +421,9 @@ def resolve(cfg):
     if cfg.eval and "classifier" not in saved:
         raise ValueError(f"--eval: {cfg.init} holds an encoder and no classifier; fine-tune it "
                          "first")
+    if cfg.class_names:
+        head = evaluate.named(saved and saved.get("classifier"), cfg.class_names)
+        saved = {**saved, "classifier": head}
     return cfg, saved
 
 

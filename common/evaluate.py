@@ -7,14 +7,49 @@ Every image of a loader (see neighbours.py) counts once, and what is added up ov
 
 import json
 import math
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from common import folder, neighbours
+from common.config import print_once
 from common.transforms import normalize
 
 LARGEST = 1000  # classes that have a confusion matrix: that of 8,142 would take half a gigabyte, in every batch
+
+
+def named(head, path):
+    """A classifier from elsewhere, with its classes named by the lines of the file at `path`. ValueError if there is
+    none, or if they are not as many; OSError."""
+    names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not (head and head.get("unnamed")):
+        raise ValueError("--class_names is of a published classifier in --init, whose classes have no names")
+    if not len(head["classes"]) == len(names) == len(set(names)):
+        raise ValueError(f"--class_names {path} should hold {len(head['classes'])} different names, a line each, not "
+                         f"{len(names)}")
+    return {name: value for name, value in head.items() if name != "unnamed"} | {"classes": names}
+
+
+def of_classes(head, classes, path):
+    """A classifier that chooses among `classes` alone, those of a data set, which may be fewer than its own: then a line
+    says so. Classes without names are taken in their order. ValueError if it does not know all of them."""
+    own = head["classes"]
+    if own == classes or (head.get("unnamed") and len(own) == len(classes)):
+        return head
+    unknown = sorted(set(classes) - set(own))
+    if head.get("unnamed"):
+        raise ValueError(f"{path} has a head of {len(own)} classes without names, and there are {len(classes)}: "
+                         "--class_names FILE, a line each, tells which ones these are")
+    if unknown:
+        raise ValueError(f"{path} holds no classifier of the {len(classes)} classes {', '.join(classes)[:80]}: it does "
+                         f"not know {', '.join(unknown[:3])[:80]}")
+    rows = torch.tensor([own.index(name) for name in classes])  # (K,)
+    tensors = {name: tensor[rows] if name.startswith("head.") else tensor for name, tensor in head["tensors"].items()}
+    if len(classes) < len(own):
+        print_once(f"scored over the {len(classes)} classes of the data, of the {len(own)} that {path} knows: no image "
+                   "can be taken for one of the others")
+    return {**head, "classes": list(classes), "tensors": tensors}
 
 
 def num_columns(K):

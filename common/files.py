@@ -21,8 +21,8 @@ COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # numbers of a pixel
 
 @contextlib.contextmanager
 def opened(path):
-    """The file as a lazy PIL image. Above 89 Mpx, where Pillow would only warn, this is an error. It gets no path: Pillow
-    13 maps an uncompressed TIFF of that, and scrambles its pixels if EXIF turns them by 90 degrees."""
+    """The file as a lazy PIL image. Above 89 Mpx, where Pillow would only warn, this is an error. Pillow gets no path:
+    version 13 would map an uncompressed TIFF, and scramble its pixels where EXIF turns it by 90 degrees."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:

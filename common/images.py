@@ -178,6 +178,14 @@ def first_range(root, n=FIRST):
     return low, high
 
 
+def orientation(path):
+    """How the picture in an image file is turned when it is decoded, by its EXIF tag; 1 if not at all."""
+    if path.lower().endswith(".npy"):
+        return 1
+    with opened(path) as image:
+        return files.orientation(image)
+
+
 def may_be_wide(path):
     return is_image(path) and not path.lower().endswith(EIGHT_BITS)
 

@@ -49,6 +49,8 @@ class Config(config.RunConfig):
     patch_size: int = 0  # pixels; 0 takes it from --init, or is 16 for a ViT and 4 for a pyramid
     window: int = 0  # side of Swin's windows in tokens; 0 as in --init, or 7
     head_width: int = 256  # channels of the head
+    unknown: int = 255  # number in label files of a pixel that nobody labelled; -1 for none
+    class_map: str = ""  # numbers in label files that stand for classes, as 255:1,7:2; others are classes themselves
     max_depth: float = 10.0  # metres; what is farther is taken as unknown
     depth_scale: float = 1000.0  # steps of a 16-bit label in a metre
     split: str = "val"  # evaluate on val or test

@@ -191,6 +191,89 @@ def test_a_palette_image_holds_the_numbers_of_its_colours(folders, tmp_path):
     assert np.array_equal(dense_data.DenseFolder(root, "val", "segment").load(0)[0][1].numpy(), classes)
 
 
+@pytest.fixture
+def masks(folders, tmp_path):
+    """`masks(numbers)`: a folder of two classes whose label files hold these two numbers, left and right."""
+    def make(numbers, suffix=".png"):
+        root = shutil.copytree(folders["segment"], tmp_path / "masks")
+        (root / "classes.txt").write_text("ground\nshape\n")
+        array = np.repeat(np.array(numbers), 8)[None].repeat(16, axis=0)
+        for path in root.glob("*/labels/*.png"):
+            path.unlink()
+            if suffix == ".npy":
+                np.save(path.with_suffix(".npy"), array)
+            else:
+                Image.fromarray(array.astype(bool if suffix == "1" else np.uint8)).save(path)
+        return root
+    return make
+
+
+def test_a_mask_of_0_and_255_is_refused_with_the_way_out(masks, words_of, call, tmp_path):
+    root = masks((0, 255))
+    done = call(dense.main, words_of(data=root, max_steps=1, out=tmp_path / "run"))
+    assert done.code == 2 and done.err.count("\n") == 1 and not (tmp_path / "run").exists()
+    for said in ("none has class 1 (shape)", "255 means unknown", "--unknown -1 --class_map 255:1"):
+        assert said in done.err, done.err
+    words = words_of(data=root, max_steps=1, out=tmp_path / "run", unknown=-1, class_map="255:1")
+    assert call(dense.main, words).code == 0
+    label = dense_data.dense_set(config(data=str(root), img_size=(16, 16), unknown=-1, class_map="255:1"), "val")
+    label = label.__getitems__([(0, 0, 0)])[0][1][0]
+    assert label[:, :8].unique().tolist() == [0] and label[:, 8:].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("numbers,suffix,options", [
+    ((0, 1), "1", {}), ((False, True), ".npy", {}), ((0, 1), ".png", {}), ((0, 128), ".png", {"class_map": "128:1"}),
+    ((7, 255), ".png", {"class_map": "7:0,255:1"}), ((1, 0), ".png", {"class_map": "0:1,1:0"})])
+def test_numbers_that_stand_for_classes(masks, numbers, suffix, options):
+    root = masks(numbers, suffix)
+    dataset = dense_data.dense_set(config(data=str(root), img_size=(16, 16), **options), "val")
+    label = dataset.__getitems__([(0, 0, 0)])[0][1][0]
+    assert label[:, :8].unique().tolist() == [0] and label[:, 8:].unique().tolist() == [1]
+
+
+def test_another_number_may_be_unknown_and_what_never_occurs_is_said(masks, capsys):
+    root = masks((0, -1), ".npy")
+    (root / "classes.txt").write_text("ground\nshape\n")
+    np.save(root / "val" / "labels" / "0.npy", np.ones((16, 16), np.int64))
+    dataset = dense_data.dense_set(config(data=str(root), img_size=(16, 16), unknown=-1), "val")
+    label = dataset.__getitems__([(0, 1, 0)])[0][1][0]
+    assert label[:, 8:].unique().tolist() == [dense_tasks.UNKNOWN]
+    with pytest.raises(ValueError, match=r"class 1.*-1 means unknown"):
+        dense_data.dense_set(config(data=str(root), img_size=(16, 16), unknown=-1), "train")
+    (root / "classes.txt").write_text("ground\nshape\nnever\n")
+    dense_data.dense_set(config(data=str(root), img_size=(16, 16), unknown=-1), "val")
+    assert "none has class 2 (never)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["a", "1:2:3", "1", "1:a", ","])
+def test_a_class_map_that_is_none(text):
+    with pytest.raises(ValueError, match="--class_map takes pairs"):
+        dense_data.class_map(text)
+
+
+@pytest.mark.parametrize("turn", [2, 3, 6, 8])
+def test_exif_turns_image_and_label_alike_or_neither(folders, tmp_path, turn):
+    root = shutil.copytree(folders["segment"], tmp_path / "exif")
+    image, label = root / "val" / "images" / "0.png", root / "val" / "labels" / "0.png"
+    before = dense_data.DenseFolder(root, "val", "segment").load(0)[0]
+    exif = Image.Exif()
+    exif[0x0112] = turn
+
+    def tag(path):
+        with Image.open(path) as picture:
+            picture.load()
+        picture.save(path, exif=exif)
+
+    tag(image)
+    with pytest.raises(images.Broken, match=f"orientation {turn}, and this label 1"):
+        dense_data.DenseFolder(root, "val", "segment").load(0)
+    tag(label)
+    after = dense_data.DenseFolder(root, "val", "segment").load(0)[0]
+    undo = {2: lambda x: x.flip(-1), 3: lambda x: x.rot90(2, (-2, -1)), 6: lambda x: x.rot90(1, (-2, -1)),
+            8: lambda x: x.rot90(-1, (-2, -1))}[turn]
+    assert all(torch.equal(undo(b.as_subclass(torch.Tensor)), a) for a, b in zip(before, after, strict=True))
+
+
 # Losses and scores
 
 
