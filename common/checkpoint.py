@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -81,7 +82,9 @@ def read(path, classes=(), has_checksums=True):
         with torch.serialization.safe_globals(list(classes)):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain data, and is not opened") from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        kind = f" (a {found[1]})" if found else ""
+        raise ValueError(f"{path} holds more than tensors and plain data{kind}, and is not opened") from error
     except Exception as error:  # rubbish behind right checksums raises anything
         raise ValueError(f"{path} is not a checkpoint: {type(error).__name__}") from error
     require_small(content, path)

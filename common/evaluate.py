@@ -32,8 +32,8 @@ def named(head, path):
 
 
 def of_classes(head, classes, path):
-    """A classifier that chooses among `classes` alone, those of a data set, which may be fewer than its own: then a line
-    says so. Classes without names are taken in their order. ValueError if it does not know all of them."""
+    """A classifier that chooses among `classes` alone, those of a data set, which may be fewer than its own: then a
+    line says so. Classes without names are taken in their order. ValueError if it does not know all of them."""
     own = head["classes"]
     if own == classes or (head.get("unnamed") and len(own) == len(classes)):
         return head

@@ -3,18 +3,21 @@
 import functools
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import equal, log_of, snapshot
-from encoders import read_encoder
+from conftest import equal, flags, log_of, snapshot
+from encoders import classifier, read_encoder
 
 import data
 import finetune
 import mae
-from common import engine, layers, neighbours, optim, randomness
+import models
+from common import engine, layers, neighbours, optim, randomness, transforms
+from common.images import class_folders, decode
 
 
 def config(**options):
@@ -370,6 +373,94 @@ def test_one_batch_equals_micro_batches(tuned, call, tmp_path, changes):
     for log in runs[1:]:
         for key in ("loss", "grad_norm"):
             assert [line[key] for line in log] == pytest.approx([line[key] for line in runs[0]], rel=1e-5)
+
+
+def test_a_classifier_is_scored_over_a_subset_of_its_classes(tuned, call, folder, tmp_path):
+    """As ImageNet-A and -R are: folders of some classes, without train/."""
+    assert call(finetune.main, tuned(max_steps=12, base_lr=0.3, out=tmp_path / "run")).code == 0
+    init = tmp_path / "run" / "encoder.pt"
+    for name in ("cat", "ant"):
+        shutil.copytree(folder / "val" / name, tmp_path / "some" / "val" / name)
+    words = flags(eval=True, init=init, data=tmp_path / "some", out=tmp_path / "eval", device="cpu")
+    done = call(finetune.main, words)
+    assert done.code == 0 and "scored over the 2 classes of the data, of the 3" in done.out, done.err
+    result = json.loads((tmp_path / "eval" / "result.json").read_text())
+
+    cfg, saved = finetune.resolve(finetune.Config(init=str(init), eval=True, data=str(folder)))
+    model = finetune.build_classifier(cfg, saved, ["ant", "bee", "cat"]).eval()
+    right = 0
+    for label, name in enumerate(("ant", "cat")):
+        for path in sorted((tmp_path / "some" / "val" / name).iterdir()):
+            with torch.no_grad():
+                logits = model(transforms.normalize(decode(str(path)))[None])[0, [0, 2]]
+            right += int(logits.argmax() == label)
+    assert result["top1"] == 100 * right / 10 and result["per_class"].keys() == {"ant", "cat"}
+
+    (tmp_path / "some" / "val" / "cat").rename(tmp_path / "some" / "val" / "dog")
+    done = call(finetune.main, words[:-4] + flags(out=tmp_path / "other", device="cpu"))
+    assert done.code == 2 and "does not know dog" in done.err and done.err.count("\n") == 1
+    done = call(finetune.main, tuned(data=tmp_path / "some", max_steps=1, out=tmp_path / "train"))
+    assert done.code == 2 and "train/CLASS/" in done.err
+
+
+def test_a_published_classifier_needs_names_for_a_subset(tuned, call, folder, tmp_path):
+    model = classifier(models.build("vit_tiny", (16, 16), 4, learn_positions=True), K=3)
+    tensors = {**model.encoder.state_dict(), **model.export("abc")["tensors"]}
+    torch.save(tensors, tmp_path / "published.pth")
+    for name in ("cat", "ant"):
+        shutil.copytree(folder / "val" / name, tmp_path / "some" / "val" / name)
+
+    def evaluate(out, **more):
+        return call(finetune.main, flags(eval=True, init=tmp_path / "published.pth", data=tmp_path / "some",
+                                         out=tmp_path / out, device="cpu", **more))
+
+    done = evaluate("one")
+    assert done.code == 2 and "--class_names" in done.err and done.err.count("\n") == 1
+    (tmp_path / "names.txt").write_text("cat\nbee\nant\n")
+    done = evaluate("two", class_names=tmp_path / "names.txt")
+    assert done.code == 0 and "scored over the 2 classes" in done.out, done.err
+    (tmp_path / "names.txt").write_text("cat\nant\n")
+    done = evaluate("three", class_names=tmp_path / "names.txt")
+    assert done.code == 2 and "3 different names" in done.err
+
+
+def test_a_flat_val_is_named_as_that(tuned, call, folder, tmp_path):
+    """ImageNet's validation images come without class folders."""
+    shutil.copytree(folder / "train", tmp_path / "set" / "train")
+    (tmp_path / "set" / "val").mkdir()
+    shutil.copy(folder / "val" / "ant" / "0.png", tmp_path / "set" / "val" / "ILSVRC2012_val_00000001.png")
+    done = call(finetune.main, tuned(data=tmp_path / "set", max_steps=1, out=tmp_path / "run"))
+    assert done.code == 2 and "holds images and no class folders, as ImageNet's val" in done.err, done.err
+    with pytest.raises(ValueError, match="no class folders, as ImageNet's val"):  # with --eval, train/ does not count
+        class_folders(tmp_path / "set", "val", alone=True)
+
+
+def test_mean_and_std_reach_the_network_and_travel(tiny, tuned, call, folder, tmp_path):
+    """From pre-training to fine-tuning to evaluation, without being said again."""
+    given = {"mean": "0.5", "std": "0.5,0.4,0.3", "value_range": "0,4095"}
+    assert call(mae.main, tiny(max_steps=1, out=tmp_path / "mae", **given)).code == 0
+    saved = torch.load(tmp_path / "mae" / "encoder.pt")
+    assert saved["mean"] == [0.5] * 3 and saved["std"] == [0.5, 0.4, 0.3] and saved["value_range"] == [0, 4095]
+    init = tmp_path / "mae" / "encoder.pt"
+    words = tuned(max_steps=1, init=init, model=None, patch_size=None, out=tmp_path / "run")
+    assert call(finetune.main, words).code == 0
+    assert equal({k: saved[k] for k in ("mean", "std", "value_range")},
+                 {k: torch.load(tmp_path / "run" / "encoder.pt")[k] for k in ("mean", "std", "value_range")})
+    cfg, _ = finetune.resolve(finetune.Config(init=str(init), data=str(folder)))
+    assert (cfg.mean, cfg.std, cfg.value_range) == ((0.5, 0.5, 0.5), (0.5, 0.4, 0.3), (0, 4095))
+    done = call(finetune.main, tuned(max_steps=1, init=init, model=None, patch_size=None, mean="0.1", std="0.2",
+                                     out=tmp_path / "other"))
+    assert done.code == 0 and "normalised by mean 0.1,0.1,0.1, std 0.2,0.2,0.2, as asked for" in done.out
+    assert call(mae.main, tiny(max_steps=2, out=tmp_path / "mae", resume=True)).code == 2  # other statistics
+
+
+@pytest.mark.parametrize("script,words", [(mae, tiny_words) for tiny_words in (
+    {"mean": "0.5,0.5"}, {"std": "0"}, {"std": "1,2,-3"}, {"value_range": "5"}, {"value_range": "9,3"}, {"mean": "a"},
+    {"value_range": "0,1,2"})])
+def test_statistics_that_are_none(script, words, tiny, call, tmp_path):
+    done = call(script.main, tiny(max_steps=1, out=tmp_path / "run", **words))
+    assert done.code == 2 and done.err.count("\n") == 1 and f"--{next(iter(words))}" in done.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_linear_probing_leaves_the_encoder_alone(tuned, pretrained, call, tmp_path):

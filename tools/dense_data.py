@@ -137,8 +137,9 @@ class DenseFolder(images.Folder):
         names = ", ".join(f"{number} ({printable(self.classes[number])})" for number in missing[:10])
         where = f"{printable(self.root.parent / 'labels')}: of {len(looked_at)} labels that were looked at, none has"
         if UNKNOWN in found and len(found) <= 2:
+            way_out = f"--unknown -1 --class_map {self.unknown}:{missing[0]}"
             raise ValueError(f"{where} class {names}, and {self.unknown} means unknown, which leaves one class at "
-                             f"most; if {self.unknown} is a class: --unknown -1 --class_map {self.unknown}:{missing[0]}")
+                             f"most; if {self.unknown} is a class: {way_out}")
         if missing:
             print_once(f"{where} class {names}")
 

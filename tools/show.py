@@ -5,7 +5,10 @@
 """
 
 import argparse
+import functools
 import json
+import sys
+import typing
 from pathlib import Path
 
 import torch
@@ -15,6 +18,10 @@ import finetune
 from common import config, engine, figures
 from common.images import decode
 from common.transforms import CentreCrop, normalize
+
+# Of finetune.py: how its images, and published weights, are to be taken
+OPTIONS = ("img_size", "init_size", "num_heads", "weights", "class_names", "mean", "std", "value_range", "pool",
+           "device")
 
 
 @torch.no_grad()
@@ -33,7 +40,7 @@ def predict(images, **options):
         share, best = logits[0].float().softmax(dim=0).max(dim=0)
         if not share.isfinite():
             raise ValueError(f"{path}: the classifier's outputs are not finite")
-        print(f"{path}: {classes[best]} {100 * share:.1f} %", flush=True)
+        config.print_once(f"{config.printable(path)}: {config.printable(classes[best])} {100 * share:.1f} %")
 
 
 def read_confusion(path):
@@ -56,8 +63,9 @@ def draw_confusion(path, counts, classes):
     axis = figure.subplots()
     shares = [[n / max(1, sum(row)) for n in row] for row in counts]
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(K), classes, rotation=60, ha="right", fontsize=8)
-    axis.set_yticks(range(K), classes, fontsize=8)
+    names = [config.printable(name) for name in classes]
+    axis.set_xticks(range(K), names, rotation=60, ha="right", fontsize=8, parse_math=False)  # a $ is a $
+    axis.set_yticks(range(K), names, fontsize=8, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true", title="Confusion: per cent of each true class")
     if K <= 20:  # there is room for numbers
         for i, row in enumerate(shares):
@@ -71,21 +79,19 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     parser.add_argument("--init", help="encoder.pt of finetune.py, or published weights with a classifier")
-    parser.add_argument("--img_size", default="0", help="224 or 96x160; as in --init if not given")
-    parser.add_argument("--init_size", default="0", help="of published weights, where they do not tell")
-    parser.add_argument("--pool", default="auto", help="mean or cls; auto: as in --init")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    kinds = typing.get_type_hints(finetune.Config)
+    for name in OPTIONS:
+        kind = functools.partial(config.parse_value, name, kinds[name])
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help="as in finetune.py")
     parser.add_argument("--confusion", metavar="RESULT", help="result.json of finetune.py")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(config.join_values(sys.argv[1:] if argv is None else argv))
+    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
 
     if bool(args.images) != bool(args.init) or bool(args.images) == bool(args.confusion):
         config.fail("give image files and --init, or --confusion and a result.json; --help shows how")
     with config.user_errors():
         if args.images:
-            img_size = config.parse_value("img_size", config.Size, args.img_size)
-            init_size = config.parse_value("init_size", config.Size, args.init_size)
-            return predict(args.images, init=args.init, img_size=img_size, init_size=init_size, pool=args.pool,
-                           device=args.device)
+            return predict(args.images, init=args.init, **options)
         confusion = read_confusion(args.confusion)
         if figures.can_draw():
             path = Path(args.confusion).parent / "pictures" / "confusion.png"

@@ -10,7 +10,7 @@ import torch.nn as nn
 from common import evaluate, neighbours, transforms
 
 HERE = types.SimpleNamespace(rank=0, world_size=1, is_main=True, device=torch.device("cpu"), dtype=torch.float32,
-                             autocast=contextlib.nullcontext)
+                             autocast=contextlib.nullcontext, cfg=None)
 
 
 class Loader(list):

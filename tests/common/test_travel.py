@@ -2,8 +2,11 @@
 
 import argparse
 import contextlib
+import datetime
 import json
+import math
 import os
+import pathlib
 import pickle
 import random
 import re
@@ -244,6 +247,218 @@ def test_other_precisions_become_float32_and_it_is_said(mae_file, dtype):
     saved = read_encoder(forms(theirs, path)["safetensors"]())
     assert equal(in_order(saved["model"]), in_order({name: tensor.float() for name, tensor in theirs.items()}))
     assert any(f"{dtype} made torch.float32" in note for note in saved["notes"])
+
+
+def ema_of(tensors):
+    return {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+WRAPPED = {
+    "timm, MoCo v3": lambda t: {"arch": "vit_base", "epoch": 3, "state_dict": t, "optimizer": {"state": {0: {}}}},
+    "a word for arch, and model": lambda t: {"arch": "vit", "model": t, "metric": 0.5},
+    "a dict for arch": lambda t: {"arch": {"name": "vit"}, "model": t},
+    "config and step": lambda t: {"config": {"a": 1}, "step": 5, "state_dict": t},
+    "Lightning": lambda t: {"pytorch-lightning_version": "2", "state_dict": {f"model.{k}": v for k, v in t.items()}},
+    "nested": lambda t: {"checkpoint": {"module": {"model": t}}},
+    "the other way round": lambda t: {"state_dict": {"model": t}},
+    "compiled and parallel": lambda t: {"model": {f"module._orig_mod.{k}": v for k, v in t.items()}},
+    "parallel and compiled": lambda t: {"model": {f"_orig_mod.module.backbone.{k}": v for k, v in t.items()}},
+    "compiled blocks": lambda t: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in t.items()},
+    "a detector": lambda t: {"state_dict": {f"backbone.{k}": v for k, v in t.items()}},
+    "MoCo v3": lambda t: {"arch": "vit_small", "state_dict": {
+        **{f"module.base_encoder.{k}": v for k, v in t.items()},
+        **{f"module.momentum_encoder.{k}": v for k, v in ema_of(t).items()},
+        "module.base_encoder.head.0.weight": torch.ones(3, 3), "module.predictor.0.weight": torch.ones(3, 3)}},
+    "numbers and paths": lambda t: {
+        "model": t, "best": np.float64(1.5), "rng": np.arange(3), "lr": np.float32(1), "n": np.int64(3),
+        "out": pathlib.Path("runs/a"), "win": pathlib.PureWindowsPath("a")},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_what_other_code_wraps_around_an_encoder(mae_file, kind):
+    path, encoder = mae_file
+    torch.save(WRAPPED[kind](encoder.state_dict()), path)
+    assert equal(dict(rebuild(read_encoder(path)).state_dict()), dict(encoder.state_dict()))
+
+
+@pytest.mark.parametrize("model,ema", [("model", "model_ema"), ("state_dict", "state_dict_ema"), ("model", "ema")])
+def test_an_average_beside_the_weights(mae_file, tuned, call, tmp_path, model, ema):
+    path, encoder = mae_file
+    tensors = dict(encoder.state_dict())
+    torch.save({ema: {"module": ema_of(tensors)} if ema == "ema" else ema_of(tensors), model: tensors}, path)
+    saved = read_encoder(path)
+    assert equal(saved["model"], tensors)
+    [said] = [note for note in saved["notes"] if note.startswith("taken: ")]
+    assert said.startswith(f"taken: {model}; there is {ema}") and "--weights" in said
+    chosen = weights.read_encoder(path, models.from_arch, models.SIZES, which="ema")
+    assert equal(chosen["model"], ema_of(tensors)) and any(f"taken: {ema}" in note for note in chosen["notes"])
+    words = tuned(model=None, patch_size=None, init=path, max_steps=1, out=tmp_path / "run", weights="ema")
+    done = call(finetune.main, words)
+    assert done.code == 0 and f"taken: {ema}" in done.out, done.err
+    done = call(finetune.main, [*words, "--weights", "teacher", "--overwrite"])
+    assert done.code == 2 and done.err.count("\n") == 1 and model in done.err and "teacher" in done.err
+
+
+def test_two_of_the_same_rank_are_not_guessed(mae_file):
+    path, encoder = mae_file
+    student, teacher = dict(encoder.state_dict()), ema_of(encoder.state_dict())
+    torch.save({"student": {f"module.backbone.{k}": v for k, v in student.items()}, "teacher": teacher}, path)
+    with pytest.raises(ValueError, match=r"mae\.pth holds student, teacher: --weights"):
+        read_encoder(path)
+    chosen = weights.read_encoder(path, models.from_arch, models.SIZES, which="teacher")
+    assert equal(chosen["model"], teacher)
+
+
+def test_a_class_that_is_not_opened_is_named(mae_file):
+    path, encoder = mae_file
+    torch.save({"model": encoder.state_dict(), "now": datetime.timedelta(1)}, path)
+    with pytest.raises(ValueError, match=r"datetime\.timedelta"):
+        read_encoder(path)
+    torch.save(encoder, path)
+    with pytest.raises(ValueError, match=r"models\.ViT"):
+        read_encoder(path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_parts_with_an_index(mae_file, tmp_path, suffix):
+    _, encoder = mae_file
+    tensors = dict(encoder.state_dict())
+    names = [f"model-0000{i}-of-00002{suffix}" for i in (1, 2)]
+    parts = [dict(list(tensors.items())[i::2]) for i in (0, 1)]
+    for name, part in zip(names, parts, strict=True):
+        (save_file if suffix == ".safetensors" else torch.save)(part, tmp_path / name)
+    places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    index = tmp_path / f"model{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 3}, "weight_map": places}))
+    assert equal(dict(rebuild(read_encoder(index)).state_dict()), tensors)
+    with pytest.raises(ValueError, match=r"one part.*index\.json"):
+        read_encoder(tmp_path / names[0])
+    for bad in ({}, {"weight_map": {"a": "../x.bin"}}, {"weight_map": {**places, "more": names[0]}}, {"weight_map": 3},
+                {"weight_map": dict.fromkeys(places, names[1])}, [], {"weight_map": {"a": 3}}):
+        index.write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=r"index\.json"):
+            read_encoder(index)
+    index.write_text(json.dumps({"weight_map": places}))
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(names[1])):
+        read_encoder(index)
+
+
+def test_heads_are_guessed_aloud_and_can_be_told(tuned, call, tmp_path):
+    """MoCo v3's ViT-S has 12 heads of 32 channels, not 6 of 64. vit_tiny: 4 of 24, here 12 of 8."""
+    encoder = stirred(models.build(*VIT, learn_positions=True, num_heads=12))
+    assert encoder.arch["num_heads"] == 12 and encoder.blocks[0].attn.num_heads == 12
+    path, imgs = tmp_path / "moco.pth", torch.randn(2, 3, 32, 32)
+    torch.save(encoder.state_dict(), path)
+    guessed = read_encoder(path)
+    assert any("heads taken to be 4" in note and "--num_heads" in note for note in guessed["notes"])
+    far = (rebuild(guessed)(imgs) - encoder(imgs)).norm() / encoder(imgs).norm()
+    told = weights.read_encoder(path, models.from_arch, models.SIZES, num_heads=12)
+    assert torch.equal(rebuild(told)(imgs), encoder(imgs)) and far > 0.01
+    assert not any("heads taken" in note for note in told["notes"])
+
+    words = tuned(model=None, patch_size=None, init=path, max_steps=1, num_heads=12, img_size=32, out=tmp_path / "run")
+    done = call(finetune.main, words)
+    assert done.code == 0, done.err
+    again = read_encoder(tmp_path / "run" / "encoder.pt")  # it says so itself from now on
+    assert again["arch"]["num_heads"] == 12 and models.from_arch(again["arch"]).blocks[0].attn.num_heads == 12
+    for heads, said in ((5, "does not divide"), (-12, "does not divide")):
+        with pytest.raises(ValueError, match=said):
+            weights.read_encoder(path, models.from_arch, models.SIZES, num_heads=heads)
+    with pytest.raises(ValueError, match="--num_heads is of weights that do not tell"):
+        weights.read_encoder(tmp_path / "run" / "encoder.pt", models.from_arch, models.SIZES, num_heads=6)
+    done = call(convert.main, ["export", tmp_path / "run" / "encoder.pt", "--to", "timm", tmp_path / "timm.pth"])
+    assert done.code == 0 and "num_heads=12" in done.out, done.err
+
+
+@pytest.mark.parametrize("positions", ["shared_bias", "block_bias"])
+def test_bias_tables_tell_the_heads(tmp_path, positions):
+    encoder = stirred(models.build(*VIT, positions=positions, num_heads=12))
+    torch.save(encoder.state_dict(), tmp_path / "vit.pth")
+    saved = read_encoder(tmp_path / "vit.pth")
+    assert saved["arch"] == encoder.arch and not any("heads taken" in note for note in saved["notes"])
+
+
+def test_statistics_from_elsewhere_are_assumed_aloud(mae_file, tuned, call, tmp_path):
+    path, _ = mae_file
+    words = tuned(model=None, patch_size=None, init=path, max_steps=1)
+    done = call(finetune.main, [*words, "--out", tmp_path / "one"])
+    assert done.code == 0 and "taken to be normalised by mean 0.485,0.456,0.406" in done.out
+    done = call(finetune.main, [*words, "--mean", 0.5, "--std", 0.5, "--out", tmp_path / "two"])
+    assert done.code == 0 and "taken to be normalised" not in done.out
+    saved = torch.load(tmp_path / "two" / "encoder.pt")
+    assert saved["mean"] == [0.5] * 3 and saved["std"] == [0.5] * 3
+    convert.write_safetensors(tmp_path / "two.safetensors", *convert.pack(saved))
+    again = read_encoder(tmp_path / "two.safetensors")
+    assert again["mean"] == [0.5] * 3 and again["std"] == [0.5] * 3
+
+
+@pytest.mark.parametrize("changes", [
+    {"mean": 3}, {"mean": [0.5]}, {"mean": None}, {"std": [1, 1, 0]}, {"std": ["a"] * 3}, {"std": [math.nan] * 3},
+    {"value_range": [3, 2]}, {"value_range": [1]}], ids=repr)
+def test_statistics_that_are_none(mae_file, changes):
+    path, encoder = mae_file
+    torch.save({"arch": encoder.arch, "model": encoder.state_dict(), "method": "MAE", "step": 3, **changes}, path)
+    with pytest.raises(ValueError, match=r"not an encoder\.pt"):
+        read_encoder(path)
+
+
+@pytest.mark.parametrize("changes,said", [
+    ({"cls_token": None, "pos_embed": (1, 16, 96)}, "16 rows of positions have no class token"),
+    ({"cls_token": None, "pos_embed": (1, 8, 96)}, "8 rows of positions have no class token"),
+    ({"pos_embed": (1, 16, 96)}, "16 rows of positions are those of 4x4 patches without one for the class token"),
+    ({"pos_embed": (1, 18, 96), "dist_token": (1, 1, 96)}, "dist_token beside the class token"),
+    ({"pos_embed": (1, 21, 96), "reg_token": (1, 4, 96)}, "reg_token beside the class token"),
+    ({"pos_embed": (1, 19, 96)}, "--init_size")])
+def test_positions_that_do_not_fit_are_called_what_they_are(mae_file, changes, said):
+    path, encoder = mae_file
+    tensors = {name: tensor for name, tensor in encoder.state_dict().items() if name not in changes}
+    torch.save(tensors | {name: torch.zeros(shape) for name, shape in changes.items() if shape}, path)
+    with pytest.raises(ValueError, match=said):
+        read_encoder(path)
+    with pytest.raises(ValueError, match=r"rows of positions do not fit images of 64x32, which have 32 patches"):
+        read_encoder(path, (64, 32))
+
+
+def test_a_tensor_that_architecture_is_read_from_is_called_missing(mae_file):
+    path, encoder = mae_file
+    tensors = dict(encoder.state_dict())
+    for name in ("patch_embed.proj.weight", "pos_embed"):
+        torch.save({k: v for k, v in tensors.items() if k != name}, path)
+        with pytest.raises(ValueError, match=f"it lacks {name}"):
+            read_encoder(path)
+
+
+def torchscript(path):
+    torch.jit.script(nn.Linear(2, 2)).save(path)
+
+
+OTHER_FILES = {
+    "TorchScript": (torchscript, "a TorchScript program"), "web page": (b"<!DOCTYPE html><html>", "a web page"),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), "HDF5": (b"\x89HDF\r\n", "HDF5"),
+    "gzip": (b"\x1f\x8b\x08", "gzip"),
+    "npz": (lambda path: np.savez(path.open("wb"), a=np.ones(3)), "archive of a.npy"),
+    "safetensors": (lambda path: save_file({"a": torch.ones(3)}, path), "rename it to .safetensors"),
+    "empty": (b"", "empty"), "json": (b'{"a": 3}', "JSON"),
+    "a last.pt": (lambda path: torch.save({"model": {}, "optimizer": {}, "scaler": {}, "config": {}, "step": 3}, path),
+                  "--resume"),
+    "an optimizer": (lambda path: torch.save({"optimizer": {"state": {}}, "epoch": 3}, path), "but optimizer, epoch"),
+    "a list": (lambda path: torch.save([1], path), "but list")}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, kind):
+    content, said = OTHER_FILES[kind]
+    path = tmp_path / "a.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        read_encoder(path)
+    assert "damaged" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 def spoiled(path, encoder, marker):

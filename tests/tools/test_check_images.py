@@ -1,9 +1,13 @@
 """check_images.py: what is broken, odd-sized or unlabelled is listed, and the exit code says whether anything is."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
-from processes import finish, start
+from processes import ROOT, finish, start
 
 from tools import check_images
 
@@ -43,6 +47,45 @@ def test_check(folder, tmp_path, capsys):
     assert run_check(folder) == 1
     printed = capsys.readouterr().out
     assert "broken: 1" in printed and "ant/0.png" in printed and "RGB 18" in printed
+
+
+def test_what_is_in_the_files_is_summed_up(tmp_path, capsys):
+    """A scan of 12 bits is neither "broken: 0" and black, nor what its first bytes say."""
+    for i, value in enumerate((0, 300, 600)):
+        write(tmp_path / "set" / "train" / "a" / f"{i}.png", np.full((40, 40), value, np.uint16))
+    pair = noise(40, 40, 3)
+    write(tmp_path / "set" / "train" / "b" / "0.png", pair)
+    np.save(tmp_path / "set" / "train" / "b" / "1.npy", np.full((40, 40, 2), 7, np.int32))
+    (tmp_path / "set" / "a.heic").touch()
+    (tmp_path / "set" / "b.txt").touch()
+    assert run_check(tmp_path / "set") == 0
+    printed = capsys.readouterr().out
+    assert "--value_range 0,600" in printed and "files: 5 images; passed over: 1 .heic, 1 .txt" in printed.replace(
+        "1 .txt, 1 .heic", "1 .heic, 1 .txt")
+    assert "I;16, 1 channel(s): minimum 0, mean 300, maximum 600" in printed
+    assert "npy of int32, 2 channel(s): minimum 7,7, mean 7,7, maximum 7,7" in printed
+    means = ",".join(f"{m:.4g}" for m in pair.reshape(-1, 3).mean(axis=0))
+    assert f"RGB, 3 channel(s): minimum 0,0,0, mean {means}, maximum 255,255,255" in printed
+    # 0, 128, 255 in three grey images, as RGB, beside the fourth
+    pixels = np.concatenate([np.repeat([[0], [128], [255]], 1600, axis=0).repeat(3, axis=1), pair.reshape(-1, 3)]) / 255
+    mean, std = (",".join(f"{n:.4g}" for n in numbers) for numbers in (pixels.mean(axis=0), pixels.std(axis=0)))
+    assert f"--mean {mean} --std {std}" in printed
+    assert run_check(tmp_path / "set", "--value_range", "-100,1000") == 0 and "black is" not in capsys.readouterr().out
+
+
+def test_names_that_a_terminal_would_obey_or_cannot_print(tmp_path):
+    """The report comes whole, on a terminal of ASCII alone that forgives nothing; from names, nothing but text."""
+    names = [b"caf\xe9.png", "é.png".encode(), b"a\nb.png", b"\x1b[31mred.png"]
+    (tmp_path / "set").mkdir()
+    for name in names:
+        (tmp_path / "set" / os.fsdecode(name)).touch()
+    process = subprocess.run([sys.executable, "-m", "tools.check_images", tmp_path / "set"], cwd=ROOT, check=False,
+                             capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert process.returncode == 1, process.stderr
+    lines = process.stdout.decode("ascii").splitlines()
+    assert "broken: 4" in process.stdout.decode() and not any("\x1b" in line for line in lines)
+    for shown in (r"caf\udce9.png", r"\xe9.png", r"a\nb.png", r"\x1b[31mred.png"):
+        assert any(shown in line for line in lines), (shown, lines)
 
 
 def test_check_of_a_bad_path_is_one_line_and_code_2(tmp_path, capsys):

@@ -82,6 +82,16 @@ def test_a_file_without_a_confusion_is_one_line(call, tmp_path, content):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_names_of_classes_are_drawn_as_they_are(tmp_path, call):
+    """matplotlib would take a$\\foo$ for a formula, and cannot draw what is no text."""
+    classes = ["a$\\foo$", "b\udcff", "c\nd", "e$"]
+    path = tmp_path / "result.json"
+    counts = [[int(i == k) for k in range(4)] for i in range(4)]
+    path.write_text(json.dumps({"confusion": counts, "per_class": dict.fromkeys(classes, 100.0)}))
+    done = call(show.main, ["--confusion", path])
+    assert done.code == 0 and done.err == "" and (tmp_path / "pictures" / "confusion.png").stat().st_size > 1000
+
+
 def test_many_classes_are_drawn_without_numbers(tmp_path):
     classes = [f"class {i}" for i in range(25)]
     counts = [[int(i == k) for k in range(25)] for i in range(25)]
