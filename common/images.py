@@ -155,13 +155,18 @@ def count_suffixes(paths):
 
 
 def first_range(root, n=FIRST):
-    """(lowest, highest) number in the first n images below `root` that may have more than 8 bits, with a line that says
-    so; () if there are none, or if no range is needed (see to_bytes). ValueError if integers and floats share one."""
+    """`shared_range` of the first n images below `root` that may have more than 8 bits."""
+    candidates = (os.path.join(root, path) for path in files_below(root) if may_be_wide(path))
+    return shared_range(itertools.islice(candidates, n), root)
+
+
+def shared_range(paths, name):
+    """(lowest, highest) number in image files of more than 8 bits, with a line that says so; () if there are none, or
+    if no range is needed (see to_bytes). ValueError if integers and floats would share one. `name`: of all of them."""
     lows, highs, kinds, is_needed = [], [], set(), False
-    candidates = (path for path in files_below(root) if may_be_wide(path))
-    for path in itertools.islice(candidates, n):
+    for path in paths:
         with contextlib.suppress(Broken):  # it is named when it is loaded
-            array = wide_numbers(os.path.join(root, path))
+            array = wide_numbers(path)
             if array is None or not np.isfinite([array.min(), array.max()]).all():
                 continue
             lows.append(float(array.min()))
@@ -171,9 +176,10 @@ def first_range(root, n=FIRST):
     if not is_needed:
         return ()
     low, high = min(lows), max(highs)
+    high += low == high  # black is not white
     if len(kinds) > 1:
-        raise ValueError(f"{root} holds integers and floats: --value_range has to say what is black and white in both")
-    print_once(f"{printable(root)}: numbers of more than 8 bits; black is {low:g} and white {high:g}, as in the first "
+        raise ValueError(f"{name} holds integers and floats: --value_range has to say what is black and white in both")
+    print_once(f"{printable(name)}: numbers of more than 8 bits; black is {low:g} and white {high:g}, as in the first "
                f"{len(lows)} images that have them (--value_range {low:g},{high:g} would say so)")
     return low, high
 

@@ -137,18 +137,16 @@ def as_in_init(cfg, from_arch, sizes):
 def with_statistics(cfg, saved):
     """(cfg, saved) with mean and std of the images that each is for. What cfg asks for holds for both; or else those of
     the weights do or, for other channels, those that are usual (and `fit_channels` makes the weights fit)."""
-    asked, same_channels = bool(cfg.mean or cfg.std), cfg.in_chans == saved["arch"]["in_chans"]
-    mean, std = statistics_of(saved)
-    notes = []
-    if asked and same_channels:
-        own, (mean, std) = (mean, std), transforms.statistics(cfg.in_chans, cfg)
-        if own != (mean, std) and "mean" in saved:
-            notes = [f"normalised by mean {listed(mean)}, std {listed(std)}, as asked for, and not as in its training"]
-    elif "mean" not in saved and "notes" in saved:  # from elsewhere
-        notes = [f"images taken to be normalised by mean {listed(mean)}, std {listed(std)} (--mean, --std): weights do "
-                 "not tell"]
+    same_channels = cfg.in_chans == saved["arch"]["in_chans"]
+    own = mean, std = statistics_of(saved)
+    notes = assumed_statistics(saved)
+    if same_channels and (cfg.mean or cfg.std):
+        mean = transforms.for_each(cfg.mean, cfg.in_chans) or mean
+        std = transforms.for_each(cfg.std, cfg.in_chans) or std
+        differs = own != (mean, std) and not notes
+        notes = [f"normalised by mean {listed(mean)}, std {listed(std)} as asked, not as in its training"] * differs
     saved = {**saved, "mean": mean, "std": std, "notes": [*saved.get("notes", []), *notes]}
-    if same_channels:
+    if same_channels and (mean, std) != transforms.statistics(cfg.in_chans):
         cfg = dataclasses.replace(cfg, mean=tuple(mean), std=tuple(std))
     return dataclasses.replace(cfg, value_range=cfg.value_range or tuple(saved.get("value_range", ()))), saved
 
@@ -157,6 +155,14 @@ def statistics_of(saved):
     """(mean, std) of the images that the encoder of an encoder.pt was made for; older files are of the usual ones."""
     usual = transforms.statistics(saved["arch"]["in_chans"])
     return saved.get("mean", usual[0]), saved.get("std", usual[1])
+
+
+def assumed_statistics(saved):
+    """What a user should know of weights from elsewhere, which do not tell how their images were normalised: lines."""
+    if "mean" in saved or "notes" not in saved:
+        return []
+    mean, std = map(listed, statistics_of(saved))
+    return [f"images taken to be normalised by mean {mean}, std {std} (--mean, --std): weights do not tell"]
 
 
 def listed(numbers):
@@ -213,6 +219,7 @@ def frozen_encoder(source, cfg, from_arch, sizes):
             load_published(encoder, source.removeprefix("torchvision:"), cfg)
     else:
         saved = read_encoder(source, from_arch, sizes)
+        saved = {**saved, "notes": [*saved.get("notes", []), *assumed_statistics(saved)]}
         encoder = from_arch(saved["arch"], **images, final_norm=not lost_its_norm(saved))
         if not cfg.plan:
             load_encoder(encoder, saved, source, cfg=cfg)

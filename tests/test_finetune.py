@@ -448,9 +448,12 @@ def test_mean_and_std_reach_the_network_and_travel(tiny, tuned, call, folder, tm
                  {k: torch.load(tmp_path / "run" / "encoder.pt")[k] for k in ("mean", "std", "value_range")})
     cfg, _ = finetune.resolve(finetune.Config(init=str(init), data=str(folder)))
     assert (cfg.mean, cfg.std, cfg.value_range) == ((0.5, 0.5, 0.5), (0.5, 0.4, 0.3), (0, 4095))
+    assert call(mae.main, tiny(max_steps=1, out=tmp_path / "usual")).code == 0  # and older runs can be resumed
+    cfg, _ = finetune.resolve(finetune.Config(init=str(tmp_path / "usual" / "encoder.pt"), data=str(folder)))
+    assert (cfg.mean, cfg.std, cfg.value_range) == ((), (), ())
     done = call(finetune.main, tuned(max_steps=1, init=init, model=None, patch_size=None, mean="0.1", std="0.2",
                                      out=tmp_path / "other"))
-    assert done.code == 0 and "normalised by mean 0.1,0.1,0.1, std 0.2,0.2,0.2, as asked for" in done.out
+    assert done.code == 0 and "normalised by mean 0.1,0.1,0.1, std 0.2,0.2,0.2 as asked" in done.out
     assert call(mae.main, tiny(max_steps=2, out=tmp_path / "mae", resume=True)).code == 2  # other statistics
 
 

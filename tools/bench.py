@@ -105,7 +105,7 @@ class Script:
             group["lr"] = lr * group["lr_scale"]
         noise = randomness.noise(cfg.seed, step, cfg.batch_size, model.num_noise)
         loss_sum = torch.zeros((), device=run.device)
-        imgs = transforms.normalize(self.imgs.to(run.device, non_blocking=True))
+        imgs = transforms.normalize(self.imgs.to(run.device, non_blocking=True), cfg)
         with run.autocast():
             loss = self.loss(imgs, noise.to(run.device)) * (len(imgs) / cfg.batch_size)
         run.scaler.scale(loss * run.world_size).backward()  # DDP averages: this makes it a sum
@@ -124,7 +124,7 @@ class Script:
 
 class Target(Script):  # what a step does to make its target
     def step(self, step):
-        self.model.target(transforms.normalize(self.imgs.to(self.device)))
+        self.model.target(transforms.normalize(self.imgs.to(self.device), self.cfg))
 
 
 class Yardstick:  # a classifier of torchvision

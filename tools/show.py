@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 import finetune
 from common import config, engine, figures
-from common.images import decode
+from common.images import decode, shared_range
 from common.transforms import CentreCrop, normalize
 
 # Of finetune.py: how its images, and published weights, are to be taken
@@ -33,8 +33,9 @@ def predict(images, **options):
     classes = saved["classifier"]["classes"]
     model = finetune.build_classifier(cfg, saved, classes).to(run.device).eval()
     crop = CentreCrop(cfg.img_size, v2.InterpolationMode.BICUBIC)
+    value_range = cfg.value_range or shared_range(images, "these images")
     for path in images:
-        image = crop(decode(path, cfg.in_chans, value_range=cfg.value_range or None))  # (C, H, W)
+        image = crop(decode(path, cfg.in_chans, value_range=value_range))  # (C, H, W)
         with run.autocast():
             logits = model(normalize(image[None].to(run.device), cfg))  # (1, K)
         share, best = logits[0].float().softmax(dim=0).max(dim=0)

@@ -1,10 +1,12 @@
 """transforms.py: crops, augmentation and normalisation, and constants that belong to no mode."""
 
+import re
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.transforms import v2
 
@@ -76,6 +78,36 @@ def test_normalize_and_back(in_chans):
     assert x.dtype == torch.float32 and torch.allclose(transforms.denormalize(x), imgs / 255, atol=1e-6)
     assert in_chans != 3 or abs(x[0, 1, 2, 3].item() - (imgs[0, 1, 2, 3].item() / 255 - 0.456) / 0.224) < 1e-5
     assert transforms.denormalize(x * 100).max() == 1 and transforms.denormalize(x * 100 - 1000).min() == 0
+
+
+def test_mean_and_std_are_those_of_the_options():
+    imgs = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    one = config(mean=(0.5,), std=(0.5,))
+    assert torch.allclose(transforms.normalize(imgs, one).flatten(), torch.tensor([-1, -0.6, 1]))
+    each = config(mean=(0, 0.2, 0.5), std=(1, 2, 0.25))
+    assert torch.allclose(transforms.normalize(imgs, each).flatten(), torch.tensor([0, 0, 2.0]))
+    for cfg in (one, each):
+        assert torch.allclose(transforms.denormalize(transforms.normalize(imgs, cfg), cfg), imgs / 255, atol=1e-6)
+    assert transforms.statistics(3, config(mean=(0.5,))) == ([0.5] * 3, [0.229, 0.224, 0.225])
+
+
+def test_what_is_painted_follows_mean_and_std():
+    image = torch.full((3, 64, 64), 77, dtype=torch.uint8)
+    options = config(crop_scale=(1, 1), flip=0, random_erasing=1.0, img_size=(64, 64), mean=(0.1,), std=(0.01,))
+    erased = transforms.augmentation(options)(image)
+    painted = erased[:, (erased != 77).any(0)]
+    assert 15 <= painted.min() and painted.max() <= 37  # 25.5 and four times 2.55 about it
+
+
+def test_every_script_normalises_as_its_options_say():
+    """A call without them would take ImageNet's statistics in silence."""
+    calls = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("tools/*.py")]:
+        lines = path.read_text().splitlines()
+        for line, following in zip(lines, [*lines[1:], ""], strict=True):
+            if re.search(r"(?<!F\.)\b(de)?normalize\((?!imgs, cfg=None)", line) and path.stem != "analyze":
+                calls.append((path.name, line.strip(), "cfg" in line + following))
+    assert len(calls) > 20 and all(has_cfg for _, _, has_cfg in calls), calls
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 7])

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import snapshot
+from PIL import Image
 
 import finetune
 import models
@@ -40,6 +42,11 @@ def test_the_class_of_each_file(run, call, tmp_path, folder):
         assert line == f"{file}: {('ant', 'bee', 'cat')[best]} {100 * share:.1f} %"
     done = call(show.main, [files[0], "--init", run / "encoder.pt", "--img_size", "24x16"])
     assert done.code == 0 and "positions resized from 4x4 to 6x4" in done.out
+    Image.fromarray(np.full((16, 16), 700, np.uint16)).save(tmp_path / "wide.png")
+    done = call(show.main, [tmp_path / "wide.png", "--init", run / "encoder.pt"])
+    assert done.code == 0 and "--value_range 700,701" in done.out
+    done = call(show.main, [tmp_path / "wide.png", "--init", run / "encoder.pt", "--value_range", "-5,1000"])
+    assert done.code == 0 and "--value_range" not in done.out
     (tmp_path / "bad.png").write_bytes(b"")
     one_line(call(show.main, [tmp_path / "bad.png", "--init", run / "encoder.pt"]), "bad.png")
 
