@@ -80,9 +80,9 @@ def both_bytes(image, path, colours, order):
     swapped = f"{colours};16{'B' if order == 'L' else 'L'}"
     with opened(path) as again:
         tiles = []
-        for codec, extents, offset, arguments in again.tile:
-            arguments = swapped if isinstance(arguments, str) else (swapped, *arguments[1:])
-            tiles.append((codec, extents, offset, arguments))
+        for tile in again.tile:
+            arguments = swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:])
+            tiles.append(tile._replace(args=arguments))
         again.tile = tiles
         low = np.array(again)  # (h, w, C)
     return high.astype(np.uint16) * 256 + low

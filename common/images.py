@@ -151,7 +151,8 @@ def find_images(root):
 def count_suffixes(paths):
     """How many files end in what, in one line: 3 .heic, 1 .txt."""
     counter = collections.Counter(Path(path).suffix.lower() or "without suffix" for path in paths)
-    return ", ".join(f"{n} {printable(suffix)}" for suffix, n in counter.most_common())
+    by_number = sorted(counter.items(), key=lambda pair: (-pair[1], pair[0]))
+    return ", ".join(f"{n} {printable(suffix)}" for suffix, n in by_number)
 
 
 def first_range(root, n=FIRST):

@@ -92,7 +92,8 @@ def check(root, value_range=()):
             lists["odd-sized"].append(f"{path}: {h}x{w}")
 
     passed_over = images.count_suffixes(set(found) - set(paths))
-    print(f"{'files':>10}: {len(paths)} images; passed over: {passed_over or 'none'}")
+    used = images.count_suffixes(paths)
+    print(f"{'files':>10}: {len(paths)} images, {used or 'none'}; passed over: {passed_over or 'none'}")
     for name, counter in counts.items():
         most_common = ", ".join(f"{printable(key)} {n}" for key, n in counter.most_common(20))
         print(f"{name:>10}: {most_common or 'none'}")

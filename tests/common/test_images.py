@@ -274,8 +274,8 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
     (root / "unlabelled").mkdir()
     assert len(images.Folder(root, "train")) == 3
     said = capsys.readouterr().out
-    assert f"{root}/train: 3 images; files passed over: 2 .heic, 1 .txt, 1 without suffix" in said.replace(
-        "1 without suffix, 1 .txt", "1 .txt, 1 without suffix") and "folders passed over: unlabelled" in said
+    assert f"{root}/train: 3 images; files passed over: 2 .heic, 1 .txt, 1 without suffix" in said
+    assert "folders passed over: unlabelled" in said
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.heic").touch()
     with pytest.raises(ValueError, match=r"no images.*1 \.heic"):
