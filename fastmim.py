@@ -385,9 +385,10 @@ def main(argv=None):
         for micro_step in range(num_micro_batches):
             imgs, _, positions = next(batches)  # positions of these images in the global batch
             imgs = transforms.normalize(imgs.to(run.device, non_blocking=True), cfg)  # (B, C, H, W)
+            own_noise = noise[positions].to(run.device, non_blocking=True)  # (B, N)
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
-                loss = net(imgs, noise[positions].to(run.device)) * (len(imgs) / batch_size)
+                loss = net(imgs, own_noise) * (len(imgs) / batch_size)
             run.scaler.scale(loss * run.world_size).backward()  # DDP averages: this makes it a sum
             loss_sum += loss.detach()
 

@@ -479,13 +479,15 @@ def main(argv=None):
             imgs = imgs.to(run.device, non_blocking=True)
             if not keeps_features:
                 imgs = transforms.normalize(imgs, cfg)  # (B, C, H, W)
-            targets = F.one_hot(labels.to(run.device), len(val.classes)).float()  # (B, K)
+            labels = labels.to(run.device, non_blocking=True)
+            targets = F.one_hot(labels, len(val.classes)).float()  # (B, K)
             if cfg.mode == "finetune":
                 seed = randomness.seed_of(cfg.seed, "mix", step)
                 imgs, targets = mix(imgs, targets, cfg, seed)
+            own_noise = noise[positions].to(run.device, non_blocking=True)  # (B, 2 * layers)
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
-                logits = net(imgs, noise[positions].to(run.device)).float()  # (B, K)
+                logits = net(imgs, own_noise).float()  # (B, K)
                 loss = F.cross_entropy(logits, targets, label_smoothing=cfg.smoothing)
                 loss = loss * (len(imgs) / batch_size)
             run.scaler.scale(loss * run.world_size).backward()  # DDP averages: this makes it a sum

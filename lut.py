@@ -310,7 +310,7 @@ class LUT(nn.Module):
         N_keep, D), class token first."""
         encoder = encoder or self.encoder
         visible = layers.gather(encoder.embed(imgs), ids_keep)  # (V*B, N_keep, D)
-        coords = torch.stack(torch.unravel_index(ids_keep, self.grid), dim=2)  # (V*B, N_keep, 2)
+        coords = layers.places(ids_keep, self.grid)  # (V*B, N_keep, 2)
         return encoder.encode(visible, coords)
 
     def decode(self, latent, ids_restore):
@@ -514,9 +514,10 @@ def main(argv=None):
         for micro_step in range(num_micro_batches):
             imgs, _, positions = next(batches)  # positions of these images in the global batch
             imgs = transforms.normalize(imgs.to(run.device, non_blocking=True), cfg)  # (B, C, H, W)
+            own_noise = noise[positions].to(run.device, non_blocking=True)  # (B, N)
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
-                loss = net(imgs, noise[positions].to(run.device)) * (len(imgs) / batch_size)
+                loss = net(imgs, own_noise) * (len(imgs) / batch_size)
             run.scaler.scale(loss * run.world_size).backward()  # DDP averages: this makes it a sum
             loss_sum += loss.detach()
 

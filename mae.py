@@ -86,7 +86,8 @@ def block_scores(noise, grid):
     num_blocks = max(1, N // 4)
 
     # Four random numbers a rectangle, taken from the image's own noise
-    numbers = noise[:, torch.arange(4 * num_blocks) % N]
+    places = torch.arange(4 * num_blocks, device=noise.device) % N
+    numbers = noise[:, places]
     numbers = numbers.view(-1, num_blocks, 4, 1)  # (B, num_blocks, 4, 1)
     area, aspect, top, left = numbers.unbind(dim=2)  # each (B, num_blocks, 1)
     area = N * (0.08 + 0.32 * area)  # 8 to 40 % of the image
@@ -170,7 +171,7 @@ class MAE(nn.Module):
             return self.encoder.encode(tokens)  # (B, 1 + N, D)
 
         visible = layers.gather(tokens, ids_keep)  # (B, N_keep, D)
-        coords = torch.stack(torch.unravel_index(ids_keep, self.grid), dim=2)  # (B, N_keep, 2)
+        coords = layers.places(ids_keep, self.grid)  # (B, N_keep, 2)
         return self.encoder.encode(visible, coords)
 
     def decode(self, latent, ids_restore):
@@ -288,9 +289,10 @@ def main(argv=None):
         for micro_step in range(num_micro_batches):
             imgs, _, positions = next(batches)  # positions of these images in the global batch
             imgs = transforms.normalize(imgs.to(run.device, non_blocking=True), cfg)  # (B, C, H, W)
+            own_noise = noise[positions].to(run.device, non_blocking=True)  # (B, N)
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
-                loss = net(imgs, noise[positions].to(run.device)) * (len(imgs) / batch_size)
+                loss = net(imgs, own_noise) * (len(imgs) / batch_size)
             run.scaler.scale(loss * run.world_size).backward()  # DDP averages: this makes it a sum
             loss_sum += loss.detach()
 

@@ -259,7 +259,7 @@ class Run:
         the same numbers and the same `stop_requested`, and so leave the loop at the same step. A NaN of any process
         exits with code 2 before the optimizer carries it into the weights. (Under fp16 an infinite gradient alone is
         ordinary: the scaler skips the update.)"""
-        caught = loss.new_tensor(self.caught_signal > 0)
+        caught = torch.full_like(loss, self.caught_signal > 0)
         numbers = torch.stack([loss.detach(), grad_norm / self.world_size, caught]).double()
         if self.world_size > 1:
             dist.all_reduce(numbers)

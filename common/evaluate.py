@@ -95,7 +95,8 @@ def accuracy(run, model, loader):
     num_bad = torch.zeros((), dtype=torch.int64, device=run.device)
     neighbours.ready(run, model)
     for imgs, labels, _ in loader:
-        imgs, labels = normalize(imgs.to(run.device), run.cfg), labels.to(run.device)
+        imgs = normalize(imgs.to(run.device, non_blocking=True), run.cfg)
+        labels = labels.to(run.device, non_blocking=True)
         with run.autocast():
             logits = model(imgs)  # (B, K)
         num_bad += (~logits.isfinite()).sum()

@@ -84,6 +84,12 @@ def raster(grid, device=None):
     return torch.cartesian_prod(rows, columns)[None]
 
 
+def places(ids, grid):
+    """ids (B, T) of places of a grid in raster order -> their (row, column), (B, T, 2)."""
+    # torch.unravel_index would copy the grid to the GPU, and wait until the GPU has taken it.
+    return torch.stack([ids // grid[1], ids % grid[1]], dim=2)  # (B, T, 2)
+
+
 def sincos_positions(grid, width, num_prefix=1):
     """Fixed 2-D sine-cosine table (1, num_prefix + h*w, D); rows of class tokens are 0 (MAE, A.1).
     Half of the channels encode the column, then half the row, as in the published weights (MAE's

@@ -48,10 +48,11 @@ def extract(run, encoder, loader, pool="mean"):
     was_training = encoder.training
     ready(run, encoder)
     for imgs, batch_labels, indices in loader:
-        imgs, indices = normalize(imgs.to(run.device), run.cfg), indices.to(run.device)
+        imgs = normalize(imgs.to(run.device, non_blocking=True), run.cfg)
+        indices = indices.to(run.device, non_blocking=True)
         with run.autocast():
             features[indices] = pooled(encoder, imgs, pool).float()
-        labels[indices] = batch_labels.to(run.device)
+        labels[indices] = batch_labels.to(run.device, non_blocking=True)
     encoder.train(was_training)
 
     if run.world_size > 1:

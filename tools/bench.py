@@ -107,7 +107,7 @@ class Script:
         loss_sum = torch.zeros((), device=run.device)
         imgs = transforms.normalize(self.imgs.to(run.device, non_blocking=True), cfg)
         with run.autocast():
-            loss = self.loss(imgs, noise.to(run.device)) * (len(imgs) / cfg.batch_size)
+            loss = self.loss(imgs, noise.to(run.device, non_blocking=True)) * (len(imgs) / cfg.batch_size)
         run.scaler.scale(loss * run.world_size).backward()  # DDP averages: this makes it a sum
         loss_sum += loss.detach()
 

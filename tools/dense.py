@@ -216,10 +216,12 @@ def main(argv=None):
         for micro_step in range(num_micro_batches):
             (imgs, labels), _, positions = next(batches)  # positions of these images in the global batch
             imgs = transforms.normalize(imgs.to(run.device, non_blocking=True), cfg)  # (B, C, H, W)
+            labels = labels.to(run.device, non_blocking=True)
+            own_noise = noise[positions].to(run.device, non_blocking=True)  # (B, 2 * layers)
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
-                output = net(imgs, noise[positions].to(run.device)).float()  # (B, K, H, W)
-                loss = model.task.loss(output, labels.to(run.device)).sum() / batch_size
+                output = net(imgs, own_noise).float()  # (B, K, H, W)
+                loss = model.task.loss(output, labels).sum() / batch_size
             run.scaler.scale(loss * run.world_size).backward()  # DDP averages: this makes it a sum
             loss_sum += loss.detach()
 

@@ -104,8 +104,9 @@ def accuracy(run, model, loader):
     neighbours.ready(run, model)
     for (imgs, labels), _, _ in loader:
         with run.autocast():
-            output = model(transforms.normalize(imgs.to(run.device), run.cfg))  # (B, K, H, W)
-        tally[:-1] += model.task.tally(model.task.predict(output.float()), labels.to(run.device))
+            output = model(transforms.normalize(imgs.to(run.device, non_blocking=True), run.cfg))  # (B, K, H, W)
+        labels = labels.to(run.device, non_blocking=True)
+        tally[:-1] += model.task.tally(model.task.predict(output.float()), labels)
         tally[-1] += len(imgs)
         num_bad += (~output.isfinite()).sum()
     if run.world_size > 1:
