@@ -67,7 +67,7 @@ class Config(config.RunConfig):
     epochs: float = 1600.0  # passes over the images; ablations in the paper take 400
     warmup_epochs: float = 40.0  # linear warm-up of the learning rate
     batch_size: int = 4096  # images of one optimizer step, over all processes
-    micro_batch: int = 128  # images that one process holds at once
+    micro_batch: int = 256  # images that one process holds at once
     base_lr: float = 1.5e-4  # per lr_batch images: lr = base_lr * batch_size / lr_batch
     lr_batch: float = 256.0  # images of base_lr; the released code's rule is 4 sqrt(batch_size)
     min_lr: float = 0.0  # end of the cosine

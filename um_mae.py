@@ -57,7 +57,7 @@ class Config(config.RunConfig):
     epochs: float = 200.0  # passes over the images
     warmup_epochs: float = 10.0  # linear warm-up of the learning rate
     batch_size: int = 4096  # images of one optimizer step, over all processes
-    micro_batch: int = 128  # images that one process holds at once
+    micro_batch: int = 512  # images that one process holds at once
     base_lr: float = 1.5e-4  # per lr_batch images: lr = base_lr * batch_size / lr_batch
     lr_batch: int = 256  # images that base_lr is stated for
     min_lr: float = 0.0  # end of the cosine

@@ -43,7 +43,7 @@ def record(main):
         try:
             return main(argv)
         except (MemoryError, RuntimeError) as error:
-            fail_for_want(error)
+            fail_for_want(error, error.__traceback__.tb_next.tb_frame.f_locals)  # of `main`
             raise
         finally:
             processes.end_workers()
@@ -51,16 +51,28 @@ def record(main):
     return recorded
 
 
-def fail_for_want(error):
-    """`config.fail` if an error says that there is no memory, or that another process of the run has ended."""
+def fail_for_want(error, inside):
+    """`config.fail` if an error says that there is no memory, or that another process of the run has ended. `inside`:
+    what `main` had by then."""
     first_line = str(error).partition("\n")[0]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in first_line:
-        config.fail(f"not enough memory: {first_line}; --plan prints how much a smaller --micro_batch, image or model "
-                    "needs", everywhere=True)
+        known = "cfg" in inside and "run" in inside
+        what_to_try = advice(inside["cfg"], inside["run"].world_size) if known else \
+            "; --plan prints how much a smaller --micro_batch, image or model needs"
+        config.fail(f"not enough memory ({first_line or type(error).__name__}){what_to_try}", everywhere=True)
     if isinstance(error, dist.DistError) or "gloo" in first_line:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)  # torchrun ends this process, too; where nobody does, the line below says why it ends
         config.fail(f"another process of this run has ended, and says why: {first_line}")
+
+
+def advice(cfg, world_size):
+    """What to try when `cfg` needs more memory than there is."""
+    share = cfg.batch_size // world_size
+    used = min(cfg.micro_batch, share)
+    smaller = [n for n in range(1, used // 2 + 1) if share % n == 0]
+    what = f"--micro_batch {smaller[-1]}" if smaller else "--activation_checkpointing"
+    return f" for --micro_batch {used}; try {what}"
 
 
 class Run:

@@ -95,3 +95,25 @@ def test_a_plan_knows_what_does_not_go_backward(capsys):
                           mode="linear", head_norm="batch")
     cost = planned(cfg, lambda cfg: finetune.build_classifier(cfg, None, list("abcde")), capsys)
     assert cost.step == cost.flops > 0
+
+
+@pytest.mark.parametrize("batch_size,gpus,fits,expected", [
+    (4096, 8, 384, 256),  # the largest divisor of 512 that fits
+    (4096, 8, 2000, 512), (4096, 1, 2000, 512),  # more at once are no faster
+    (24, 8, 100, 3), (24, 1, 23, 12), (1024, 8, 16, 16),
+    (4, 8, 100, 0), (64, 8, 0, 0),  # there is none
+])
+def test_the_rule_of_micro_batch(batch_size, gpus, fits, expected):
+    assert plan.micro_batch(batch_size, gpus, fits) == expected
+
+
+def test_two_of_24_gb_stay_free():
+    cost = plan.Cost(trained=1, forward_flops=1, step_flops=3, per_image=1e9, besides=4e9)
+    assert cost.bytes(2) == 6e9 and cost.fits() == 18
+    assert plan.Cost(1, 1, 3, per_image=1e9, besides=23e9).fits() == 0
+
+
+def test_copies_can_be_planned(capsys):
+    """Of what has BatchNorm, whose counter is a constant that a fake tensor knows."""
+    cfg = finetune.Config(model="vit_tiny", patch_size=8, img_size=(32, 32), in_chans=3, head_norm="batch", ema=0.9)
+    assert planned(cfg, lambda cfg: finetune.build_classifier(cfg, None, list("abc")), capsys).count > 0
