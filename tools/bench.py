@@ -39,6 +39,9 @@ def case(script, method, model, px, **more):
 AS_UM = {"mask_unit": 16, "mask_ratio": 0.75}  # the SimMIM that UM-MAE is compared with, configs/um_simmim_*.yaml
 CASES = {  # name: (Config, its options, class of the model)
     "MAE ViT-B": case(mae, mae.MAE, "vit_b", 224),
+    "MAE ViT-L": case(mae, mae.MAE, "vit_l", 224),
+    "MAE ViT-H": case(mae, mae.MAE, "vit_h", 224, patch_size=14),
+    "MAE ViT-L, mask tokens in encoder": case(mae, mae.MAE, "vit_l", 224, mask_tokens_in_encoder=True),
     "MAE ViT-B, 1-block decoder": case(mae, mae.MAE, "vit_b", 224, decoder_depth=1),
     "MAE ViT-B, mask tokens in encoder": case(mae, mae.MAE, "vit_b", 224, mask_tokens_in_encoder=True),
     "SimMIM ViT-B": case(simmim, simmim.SimMIM, "vit_b", 224),
@@ -53,7 +56,8 @@ CASES = {  # name: (Config, its options, class of the model)
     "FastMIM Swin-B": case(fastmim, fastmim.FastMIM, "swin_b", 128),
     "LUT ViT-B": case(lut, lut.LUT, "vit_b", 224),
     "LUT ViT-B, one direction": case(lut, lut.LUT, "vit_b", 224, one_directional=True),
-    "fine-tuning ViT-B": case(finetune, finetune.Classifier, "vit_b", 224, mixup=0.0, cutmix=0.0)}
+    "fine-tuning ViT-B": case(finetune, finetune.Classifier, "vit_b", 224, mixup=0.0, cutmix=0.0),
+    "fine-tuning ViT-L": case(finetune, finetune.Classifier, "vit_l", 224, mixup=0.0, cutmix=0.0)}
 YARDSTICKS = {  # a model of torchvision with its px: what is measured against it
     "vit_b_16 224": ["MAE ViT-B", "MAE ViT-B, 1-block decoder", "fine-tuning ViT-B", "SimMIM ViT-B", "LUT ViT-B"],
     "swin_t 256": ["SimMIM Swin-T", "SimMIM PVT-S", "UM-MAE Swin-T", "UM-MAE PVT-S"],
@@ -127,15 +131,23 @@ class Target(Script):  # what a step does to make its target
         self.model.target(transforms.normalize(self.imgs.to(self.device), self.cfg))
 
 
-class Yardstick:  # a classifier of torchvision
+def foreign(model, px):
+    """A classifier of torchvision, or of timm, as "timm:vit_base_patch16_224"."""
+    if model.startswith("timm:"):
+        import timm
+        return timm.create_model(model.removeprefix("timm:"))
+    sizes = {"image_size": px} if model.startswith("vit") else {}  # any other takes what it is given
+    return torchvision.models.get_model(model, **sizes)
+
+
+class Yardstick:  # a classifier of another library
     def __init__(self, name, shared):
         model, px = name.split()
         B, px = shared["batch_size"], int(px)
-        sizes = {"image_size": px} if model.startswith("vit") else {}  # any other takes what it is given
         torch.manual_seed(0)
         self.device = torch.device(shared["device"])
         self.dtype = torch.bfloat16 if shared["precision"] == "bf16" else torch.float32
-        self.model = torchvision.models.get_model(model, **sizes).to(self.device).train()
+        self.model = foreign(model, px).to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.imgs = torch.randn(B, 3, px, px, device=self.device)  # (B, C, H, W)
         self.labels = torch.randint(1000, (B,), device=self.device)  # (B,)
@@ -165,6 +177,19 @@ def seconds(device, work, *inputs):
     return clock() - begin
 
 
+def flops_of(side):
+    """FLOPs of a step, in matrix products alone, whatever kernel attention will run in."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        side.step(0)
+    return counter.get_total_flops()
+
+
+def product_rate(device, dtype, n):
+    """FLOPs a second of one large product, the yardstick of all others."""
+    square = torch.randn(n, n, device=device, dtype=dtype)  # (n, n)
+    return 2 * n**3 / statistics.median(seconds(device, torch.matmul, square, square) for _ in range(6))
+
+
 def resident(key):
     """Bytes of this process: VmRSS now, VmHWM at most (getrusage's begins with the parent's); 0 where not known."""
     status = Path("/proc/self/status")
@@ -183,19 +208,13 @@ def peak_bytes(name, shared):
 def measure(a, b, shared, args):
     """One line of the table as plain data; lists of two are [of A, of B], per step of `batch` images."""
     sides = [make(name, shared) for name in (a, b)]
-    flops = []
-    for side in sides:  # of a step, in matrix products alone, whatever kernel attention will run in
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            side.step(0)
-        flops.append(counter.get_total_flops())
+    flops = [flops_of(side) for side in sides]
     times = [[], []]
     for i in range(args.rounds + 1):
         for side in (i % 2, 1 - i % 2):
             times[side].append(seconds(sides[side].device, sides[side].step, i))
     times = [own[1:] for own in times]  # the first round warms up
-    n = 8192 if args.device == "cuda" else 1024  # the yardstick of all matrix products is one large product
-    square = torch.randn(n, n, device=sides[0].device, dtype=sides[0].dtype)  # (n, n)
-    rate = 2 * n**3 / statistics.median(seconds(square.device, torch.matmul, square, square) for _ in range(6))
+    rate = product_rate(sides[0].device, sides[0].dtype, 8192 if args.device == "cuda" else 1024)
     argv = f"-m tools.bench --memory_batch {args.memory_batch} --precision {shared['precision']} --device {args.device}"
     peaks = [int(subprocess.check_output([sys.executable, *argv.split(), "--peak", name])) for name in (a, b)]
     return {"pair": [a, b], "precision": shared["precision"], "batch": shared["batch_size"],

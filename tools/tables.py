@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import figures
 from common.config import user_errors
-from tools import bench, learning, runner
+from tools import bench, gpu_table, learning, runner
 from tools.demo import BUDGET, FINETUNE, add_options, bars, slug, tuning
 from tools.learning import pretraining
 
@@ -125,6 +125,8 @@ def draw_dense(path, results):
 def as_markdown(path):
     """The tables of a file that a measurement wrote."""
     record = json.loads(path.read_text())
+    if record["what"] == "gpu":
+        return gpu_table.table(record)
     if isinstance(record["results"], list):  # of pairs
         return bench.table(record)
     return "\n\n".join(runner.markdown(title, rows) for title, rows in record["results"].items())
