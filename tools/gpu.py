@@ -104,15 +104,20 @@ def start(step, args, left):
 
 def result_of(run, late):
     """What a step has found until it ended."""
-    file, output = run.out / "found.json", run.out / "output.txt"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = json.loads(text_of(run.out / "found.json") or "{}")
     ended = "ended"
     if late:
         ended = f"stopped after {run.seconds:.0f} s"
     elif run.process.exitcode:
-        lines = output.read_text().splitlines() if output.exists() else []
-        ended = f"failed: {(lines or ['no output'])[-1][:300]}"
+        lines = text_of(run.out / "output.txt").splitlines() or ["no output"]
+        ended = f"failed: {lines[-1][:300]}"
     return {"ended": ended, "seconds": round(time.monotonic() - run.begin, 1), "found": found}
+
+
+def text_of(path):
+    """A file without the place of the project on this machine, "" if there is none."""
+    text = path.read_text() if path.exists() else ""
+    return text.replace(f"{config.ROOT}{os.sep}", "")
 
 
 def end(process):

@@ -145,7 +145,7 @@ def torchrun(args):
     model.zero_grad(set_to_none=True)
     net = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     net(imgs, noise).backward()
-    same = all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(alone, model.parameters(), strict=True))
+    same = all(torch.allclose(a, p.grad, 1e-3, 1e-5) for a, p in zip(alone, model.parameters(), strict=True))
     rows = torch.randn(4, 8, device=args.device, requires_grad=True)
     gathered = lut.AllGather.apply(rows)
     gathered.sum().backward()
@@ -185,16 +185,18 @@ def nan(args):
 def out_of_memory(args):
     """The advice of the line that a full GPU ends in, followed until the run fits."""
     few_images()
-    micro_batch, more, little = 512, ["--config", "configs/mae_vit_b.yaml"], contextlib.nullcontext()
     if args.device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(CAP / total)
+        micro_batch, more = 512, ["--config", "configs/mae_vit_b.yaml"]
+        little_memory = contextlib.nullcontext()
     else:
-        micro_batch, more, little = 8, [], mock.patch.object(mae.MAE, "encode", encode_two(mae.MAE.encode))
+        micro_batch, more = 8, []
+        little_memory = mock.patch.object(mae.MAE, "encode", encode_two(mae.MAE.encode))
     for attempt in range(5):
         sizes = ["--batch_size", micro_batch * 2**attempt, "--micro_batch", micro_batch, "--max_steps", 2]
         argv = words(args, "mae", *more, "--data", "shapes", "--workers", 0, *sizes, "--out", args.out / str(attempt))
-        with little:
+        with little_memory:
             code, stderr = outcome(mae.main, argv)
         advice = re.search(r"try --micro_batch (\d+)", stderr)
         line = last_line(stderr) if code else ""

@@ -59,7 +59,7 @@ def good(args, number):
 
 def crashes(args):
     yield "one", {"ok": True}
-    raise ValueError("no such luck")
+    raise ValueError(f"no such luck in {ROOT / 'runs'}")
 
 
 def dies(args):
@@ -78,7 +78,7 @@ def test_a_step_loses_nothing_but_itself(tmp_path):
     results = {step.name: result for step, result in gpu.run_all(steps, options(tmp_path))}
     assert list(results) == ["hangs", "crashes", "dies", "good"]
     assert results["hangs"]["ended"] == "stopped after 1 s"
-    assert results["crashes"]["ended"] == "failed: ValueError: no such luck"
+    assert results["crashes"]["ended"] == "failed: ValueError: no such luck in runs"
     assert results["dies"]["ended"].startswith("failed")
     assert results["good"]["ended"] == "ended"
     assert results["good"]["found"] == {"one": {"ok": True, "number": 7}, "two": {"ok": False}}
