@@ -15,8 +15,8 @@ def statistics(in_chans, cfg=None):
     mean, std = [0.5] * in_chans, [0.25] * in_chans
     if in_chans == 3:
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    given = with_defaults(cfg) if cfg else types.SimpleNamespace(**DEFAULTS)
-    return for_each(given.mean, in_chans) or mean, for_each(given.std, in_chans) or std
+    own_mean, own_std = (for_each(getattr(cfg, name, ()), in_chans) for name in ("mean", "std"))
+    return own_mean or mean, own_std or std
 
 
 def for_each(numbers, in_chans):
