@@ -226,6 +226,12 @@ def frozen_encoder(source, cfg, from_arch, sizes):
     return encoder.eval().requires_grad_(False)
 
 
+def published_file(name):
+    """Where torchvision keeps its best weights of the model `name`, be they there or not."""
+    best = torchvision.models.get_model_weights(name).DEFAULT
+    return Path(torch.hub.get_dir()) / "checkpoints" / best.url.rsplit("/", 1)[1]
+
+
 def load_published(encoder, name, cfg):
     """Copy torchvision's best weights of its model `name` into an encoder of backbones.py. ValueError if torchvision
     has not fetched them and --download is not set, if they are damaged or hostile, or if they were trained on images
@@ -235,7 +241,7 @@ def load_published(encoder, name, cfg):
     as_ours = torch.allclose(torch.tensor([published.mean, published.std]), torch.tensor(here))
     if name in ("googlenet", "inception_v3") or not as_ours:
         raise ValueError(f"torchvision's weights of {name} take images that are normalised in another way")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / best.url.rsplit("/", 1)[1]
+    path = published_file(name)
     if not path.exists():
         if not cfg.download:
             raise ValueError(f"torchvision's weights of {name} are not at {path}: --download fetches them")

@@ -1,110 +1,252 @@
-"""Figures about methods and encoders, each a command that writes OUT.json and OUT.png.
+"""What networks attend to and what their features are like: the analyses of "Revealing the Dark Secrets of Masked Image
+Modeling" (Xie et al., arXiv 2205.13543), of LUT and of UM-MAE, on any checkpoint.
 
-    python -m tools.analyze hog_stability --data shapes --size 64 --out runs/hog_stability_shapes
+    python -m tools.analyze all --checkpoints runs/mae/encoder.pt random --data shapes --out runs/analysis
+    python -m tools.analyze distance --checkpoints runs/mae/encoder.pt torchvision:vit_b_16 random --out runs/analysis
+    python -m tools.analyze attention --checkpoints runs/mae/encoder.pt --queries "20,20 44,32" --out runs/analysis
+    python -m tools.analyze avgdist --img_size 256 --unit 16 --out runs/analysis
+    python -m tools.analyze hog --data shapes --size 64 --images 64 --out runs/analysis
+    python -m tools.analyze drop --checkpoints runs/mae/encoder.pt random --seeds "0 1 2" --out runs/analysis
+    python -m tools.analyze curves --runs runs/mae runs/finetune --out runs/analysis
 
-hog_stability: how much do FastMIM's targets change when the same image comes at a lower resolution, or with noise? (The
-paper shows it on a few images, as PSNR, and does not say how it was computed.)
+Each writes OUT/NAME.json and OUT/NAME.png, and OUT/index.html, which gathers all that lie in OUT. A checkpoint is an
+encoder.pt or published weights, torchvision:NAME, or random (the first network with random weights). NAME=PATH names
+it; checkpoints of one name are seeds of one row. `all` is everything but drop, which trains. Every definition is in
+docs/analysis.md.
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torchvision.transforms import v2
 
 import data
-import fastmim
-from common import figures, layers, transforms
-from common.config import user_errors
-from tools import runner
+from common import checkpoint, config, figures
+from tools import analyses, analysis_figures, analysis_page, hog_stability, networks, run_analyses, runner, snapshots
+from tools.attention_maps import attentions_of
+from tools.demo import seed_list
+from tools.tables import as_markdown
+
+OF_MAPS = ["distance", "entropy", "kl", "attention"]  # these need a network with attention
 
 
-def norm_pixels_map(imgs):
-    """Pixels (B, C, H, W), those of every 16x16 patch to mean 0 and std 1."""
-    patches = layers.patchify(imgs, 16)  # (B, N, 16*16*C)
-    mean, std = layers.patch_statistics(patches)
-    return layers.unpatchify((patches - mean) / std, 16, [n // 16 for n in imgs.shape[2:]])
+def save(args, name, record, seeds=None, **about):
+    """OUT/NAME.json. A record that tells its own commands, as of the queue, keeps them."""
+    header = runner.new_record(name, [args.command], seeds or [args.seed], torch.get_num_threads(), about=about)
+    runner.write(args.out / f"{name}.json", {**header, **record})
 
 
-# normalised images -> maps; those of hog (B, 9*C, H/8, W/8)
-TARGETS = {"pixels": lambda imgs: imgs, "norm_pixels": norm_pixels_map, "hog": lambda imgs: fastmim.hog(imgs, 8)}
+def save_and_draw(args, name, record, draw, **about):
+    """The same, and OUT/NAME.png by `draw(path, record)`."""
+    save(args, name, {**record, "figures": [f"{name}.png"] * figures.can_draw()}, **about)
+    if figures.can_draw():
+        draw(args.out / f"{name}.png", record)
 
 
-def change(found, target):
-    """{share: of the variance of a target (B, K, h, w) that another one misses; psnr: dB, for the target's range}.
-    A share does not depend on the units of a target, a PSNR does on how its values lie within their range."""
-    error = (found - target).square().mean()
-    variance = (target - target.mean(dim=(0, 2, 3), keepdim=True)).square().mean()
-    psnr = 10 * torch.log10((target.max() - target.min()).square() / error.clamp(min=1e-12))
-    return {"share": round((error / variance).item(), 4), "psnr": round(psnr.item(), 2)}
+# ---------------------------------------- What looks at images
+
+def look(args, names):
+    """The analyses `names` of the networks in --checkpoints. Returns lines on what was left out. ValueError if they
+    cannot be made; of `all`, if none of the networks has what one of them needs, it is left out."""
+    found = networks.open_networks(args.checkpoints, args.img_size, args.seed, args.device)
+    notes, with_maps = [], [network for network in found if attentions_of(network.encoder)]
+    blind = [network.source for network in found if network not in with_maps]
+    if blind and set(names) & set(OF_MAPS):
+        notes.append(f"{', '.join(blind)}: no attention whose maps could be shown")
+        if len(names) == 1:
+            raise ValueError(f"{args.name}: {notes[0]}")
+    if not with_maps:
+        names = [name for name in names if name not in OF_MAPS]
+    H, W = found[0].encoder.arch["img_size"]
+    described = ", ".join(f"{network.name} ({network.source})" if network.name != network.source else network.name
+                          for network in found)
+    about = {"data": Path(args.data).name, "split": args.split, "images": args.images, "image size": f"{H}x{W}",
+             "networks": described}
+
+    streamed = {name: analyses.STREAMED[name]() for name in names if name in analyses.STREAMED}
+    if streamed:
+        count, batches = networks.image_batches(args, found[0].encoder)
+        fewest = max(analysis.fewest_images for analysis in streamed.values())
+        if min(count, args.batch_size) < fewest:
+            raise ValueError(f"{args.name} compares images with each other and needs {fewest} in a batch: there are "
+                             f"{count} images, and --batch_size is {args.batch_size}")
+        analyses.gather(found, batches, list(streamed.values()))
+        for name, analysis in streamed.items():
+            save_and_draw(args, name, analysis.record(found), analysis_figures.DRAW[name], **about)
+
+    if "kernels" in names:
+        if len(names) == 1 or any(snapshots.large_kernels(network.encoder) for network in found):
+            save_and_draw(args, "kernels", snapshots.kernels(found), analysis_figures.kernels, networks=described)
+        else:
+            notes.append("kernels: no network has convolutions above 3x3 that overlap")
+    if "attention" in names:
+        look_at_queries(args, with_maps, about)
+    return notes
 
 
-def resize(imgs, side):
-    return v2.functional.resize(imgs, [side, side], v2.InterpolationMode.BICUBIC, antialias=True)
+def look_at_queries(args, found, about):
+    """A figure for each network, of the first --pictures images."""
+    few = argparse.Namespace(**{**vars(args), "images": args.pictures, "batch_size": args.pictures})
+    count, batches = networks.image_batches(few, found[0].encoder)
+    imgs = next(batches, None)
+    batches.close()
+    if imgs is None:
+        raise ValueError(f"--data {args.data}: none of {count} images can be read")
+    record, shown = snapshots.attention(found, imgs, args.queries, args.layer)
+    paths = {name: f"attention_{i + 1}.png" for i, name in enumerate(record["maps"])}
+    save(args, "attention", {**record, "figures": list(paths.values()) * figures.can_draw()}, **about)
+    if figures.can_draw():
+        for name, path in paths.items():
+            analysis_figures.attention(args.out / path, record, name, shown)
 
 
-def hog_stability(args):
-    """Three ways to change an image: give it in another size, and bring its targets to the same grid; give it in
-    another size and back, so that only detail is lost; add normal noise, of so many of 255 levels."""
-    full = args.size
-    if full % 16 or full < 48 or args.images < 1:
-        raise ValueError(f"--size takes a multiple of 16 from 48 on, --images 1 or more, not {full} and {args.images}")
-    sizes = [side for side in range(full * 3 // 7 // 16 * 16, full, 16)]  # from 96 for 224
-    source = data.open_source(args.data, "train", 3, False, "data", False)
-    crop = transforms.CentreCrop((full, full), v2.InterpolationMode.BICUBIC)
-    count = min(args.images, len(source))
-    imgs = torch.stack([crop(source.load(i * len(source) // count)[0]) for i in range(count)])  # (B, 3, H, W)
-    imgs = transforms.normalize(imgs)
-    noise = torch.randn(imgs.shape, generator=torch.Generator().manual_seed(0))
-    levels = noise / (255 * transforms.mean_std(3)[1])  # one of 255, in normalised pixels
+# ---------------------------------------- What does not
 
-    results = {}  # {measure after way: {target: {size or std: values}}}
-    for name, target in TARGETS.items():
-        exact = target(imgs)
-        grid = exact.shape[2:]
-        small = {side: F.interpolate(target(resize(imgs, side)), grid, mode="bicubic") for side in sizes}
-        back = {side: target(resize(resize(imgs, side), full)) for side in sizes}
-        noisy = {std: target(imgs + std * levels) for std in (2, 4, 8, 16, 32)}
-        for way, maps in {"another size": small, "another size and back": back, "noise": noisy}.items():
-            for key, found in maps.items():
-                for measure, value in change(found, exact).items():
-                    results.setdefault(f"{measure}, {way}", {}).setdefault(name, {})[str(key)] = [value]
-
-    about = {"data": Path(args.data).name, "images": count, "full_size": full, "hog_cell": 8, "patch": 16}
-    command = f"python -m tools.analyze hog_stability --data {about['data']} --size {full} --images {args.images}"
-    threads = torch.get_num_threads()
-    record = runner.new_record("hog_stability", [command], [0], threads, about=about, results=results)
-    runner.write(f"{args.out}.json", record)
-    draw(f"{args.out}.png", results, f"{count} images of {about['data']}, {full} px")
+def avgdist(args):
+    record = snapshots.avgdist(args.mask_size, args.unit, args.masks, args.seed)
+    save_and_draw(args, "avgdist", record, analysis_figures.avgdist)
 
 
-def draw(path, results, title):
-    """A panel for every way to change an image: how much of each target changes."""
-    ways = {name.removeprefix("share, "): rows for name, rows in results.items() if name.startswith("share")}
-    figure, save = figures.new_figure(3.4 * len(ways), 3.2)
-    for axis, (way, rows) in zip(figure.subplots(1, len(ways), sharey=True), ways.items(), strict=True):
-        for target, cells in rows.items():
-            percent = [100 * values[0] for values in cells.values()]
-            axis.plot([float(key) for key in cells], percent, ".-", label=target)
-        axis.set(title=way, xlabel="std, of 255 levels" if way == "noise" else "pixels", yscale="log")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("change, % of the target's variance")
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    save(path)
+def hog(args, size):
+    source = data.open_source(args.data, "train", 3)
+    record = hog_stability.stability(source, size, args.images, args.seed)
+    about = {"data": Path(args.data).name, "images": record["images"], "image size": f"{size}x{size}"}
+    save_and_draw(args, "hog", record, hog_stability.draw, **about)
+
+
+def curves(args, runs):
+    save_and_draw(args, "curves", run_analyses.curves(runs), analysis_figures.curves)
+    table = as_markdown(args.out / "curves.json")
+    (args.out / "curves.md").write_text(table + "\n")
+    print(table)
+
+
+def drop(args):
+    """Train through the queue of runner.py, and write each number as soon as it is known."""
+    encoders = {}
+    for network in networks.open_networks(args.checkpoints, (0, 0), args.seed):
+        if network.source.startswith("torchvision:"):
+            raise ValueError(f"drop knows ViT, Swin and PVT, not {network.source}")
+        path = Path(network.source)
+        if network.source == "random":
+            nth = len(encoders.get(network.name, []))
+            path = args.out / "runs" / f"random_{nth}.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arch = config.to_plain(network.encoder.arch)
+            saved = {"arch": arch, "model": network.encoder.state_dict(), "method": "random weights", "step": 0}
+            checkpoint.write(path, saved)
+        encoders.setdefault(network.name, []).append(path)
+    cells = run_analyses.drop_cells(encoders, args.drops, args.shuffled, args.tasks, args.seeds, args.data, args.out)
+    record = runner.measure("drop", cells, args.out / "drop.json", args.jobs)
+    save_and_draw(args, "drop", record, analysis_figures.drop)
+    print(as_markdown(args.out / "drop.json"))
+
+
+# ---------------------------------------- Command line
+
+def everything(args):
+    """All that only looks. Returns lines on what was left out."""
+    notes = look(args, [*analyses.STREAMED, "kernels", "attention"])
+    avgdist(args)
+    try:
+        args.images = min(args.images, 64)
+        hog(args, args.size or 224)
+    except ValueError as error:  # images of another kind
+        notes.append(f"hog: {error}")
+    files = [word for word in args.checkpoints if (run_of(word)[1] / "log.jsonl").exists()]
+    if files:
+        curves(args, dict(map(run_of, files)))
+    return notes
+
+
+def run_of(word):
+    """(name, folder) of the run that wrote a checkpoint."""
+    name, source, _ = networks.named(word)
+    return name, Path(source).parent
+
+
+def pairs(text):
+    """"20,20 44,32" -> [(20.0, 20.0), (44.0, 32.0)]."""
+    return [config.parse_tuple("queries", tuple[float, float], word) for word in text.split()]
+
+
+def size(name):
+    return lambda text: config.parse_value(name, config.Size, text)
+
+
+OPTIONS = {  # option: arguments of argparse
+    "checkpoints": dict(nargs="+", required=True, metavar="[NAME=]PATH", help="files, torchvision:NAME, random"),
+    "data": dict(default="shapes", help="shapes, cifar10, or a folder of images"),
+    "split": dict(default="val", help="train, val or test"),
+    "images": dict(type=int, default=512, help="how many of them"),
+    "batch_size": dict(type=int, default=64, help="images at once; CKA compares those of a batch"),
+    "img_size": dict(type=size("img_size"), default=(0, 0), metavar="HxW", help="pixels; 0 as in the checkpoints"),
+    "device": dict(default="auto", choices=["auto", "cpu", "cuda"]),
+    "layer": dict(type=int, default=0, help="attention layer, from 1 on; 0 for the last"),
+    "queries": dict(type=pairs, default=[], metavar="ROW,COLUMN", help="pixels; the centre, and near a corner"),
+    "pictures": dict(type=int, default=2, help="images whose attention is drawn"),
+    "mask_size": dict(type=size("mask_size"), default=(256, 256), metavar="HxW", help="pixels of a masked image"),
+    "unit": dict(type=int, default=16, help="pixels, side of what is masked"),
+    "masks": dict(type=int, default=100, help="how many of each strategy"),
+    "size": dict(type=int, default=224, help="pixels of the full images, a multiple of 16 from 48 on"),
+    "runs": dict(nargs="+", required=True, metavar="[NAME=]DIR", help="folders with a log.jsonl"),
+    "seeds": dict(type=seed_list, default=[0], help='such as "0 1 2"'),
+    "drops": dict(type=seed_list, default=[0, 1, 2], help="numbers of last layers to drop"),
+    "shuffled": dict(type=int, default=2, help="layers to drop where the rest is shuffled; 0 for none"),
+    "tasks": dict(type=str.split, default=list(run_analyses.TASKS), help="of classify, segment, depth"),
+    "jobs": dict(type=int, default=runner.CORES, help="runs at a time, one thread each"),
+    "seed": dict(type=int, default=0, help="of images, random weights and masks"),
+    "out": dict(type=Path, default=Path("runs/analysis"), help="folder of figures, numbers and page")}
+LOOK = ["checkpoints", "data", "split", "images", "batch_size", "img_size", "device"]
+QUERIES, MASKS = ["layer", "queries", "pictures"], ["mask_size", "unit", "masks"]
+TAKES = {  # name: its options, beside seed and out
+    "all": [*LOOK, *QUERIES, *MASKS, "size"],
+    **dict.fromkeys(analyses.STREAMED, LOOK),
+    "kernels": LOOK, "attention": [*LOOK, *QUERIES], "avgdist": MASKS, "hog": ["data", "images", "size"],
+    "drop": ["checkpoints", "data", "seeds", "drops", "shuffled", "tasks", "jobs"], "curves": ["runs"]}
+
+
+def parse(words):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, options in TAKES.items():
+        command = names.add_parser(name, help=analysis_page.TEXTS[name][0] if name != "all" else "all but drop")
+        for option in [*options, "seed", "out"]:
+            command.add_argument(f"--{option}", **OPTIONS[option])
+    args = parser.parse_args(words)
+    if getattr(args, "device", "") == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    # A folder of images lies elsewhere on the next machine: its name is enough.
+    shown = [Path(word).name if word == getattr(args, "data", None) else word for word in words]
+    args.command = f"python -m tools.analyze {shlex.join(shown)}"
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["hog_stability"])
-    parser.add_argument("--data", default="shapes", help="shapes, or a folder of images")
-    parser.add_argument("--out", default="runs/hog_stability", help="path without ending")
-    parser.add_argument("--size", type=int, default=224, help="full size in pixels, a multiple of 16")
-    parser.add_argument("--images", type=int, default=64, help="how many, evenly spaced over the data set")
-    args = parser.parse_args(argv)
-    with user_errors():
-        hog_stability(args)
+    args = parse([str(word) for word in (sys.argv[1:] if argv is None else argv)])
+    with config.user_errors():
+        config.in_range(args, **{name: "[1, inf)" for name in ("images", "batch_size", "pictures") if name in args})
+        args.out.mkdir(parents=True, exist_ok=True)
+        notes = []
+        if args.name == "all":
+            notes = everything(args)
+        elif args.name == "avgdist":
+            avgdist(args)
+        elif args.name == "hog":
+            hog(args, args.size)
+        elif args.name == "drop":
+            drop(args)
+        elif args.name == "curves":
+            curves(args, {name or Path(folder).name: Path(folder) for name, _, folder in
+                          (word.rpartition("=") for word in args.runs)})
+        else:
+            notes = look(args, [args.name])
+        page = analysis_page.write(args.out, notes)
+    for note in notes:
+        print(f"left out: {note}")
+    print(f"page: {page}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""The networks that analyze.py compares, and the images that all of them see."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import data
+import models
+from common import config, transforms, weights
+from common.randomness import seed_of
+
+
+@dataclasses.dataclass
+class Network:
+    """An encoder in eval mode. Networks of one name are the seeds of one row."""
+    name: str
+    source: str  # a file, torchvision:NAME or random
+    encoder: torch.nn.Module
+
+
+def named(word):
+    """(name, source, was the name given?) of NAME=SOURCE, or of a source alone: runs/mae/encoder.pt is called mae."""
+    name, equals, source = word.partition("=")
+    if equals:
+        return name, source, True
+    is_file = word != "random" and not word.startswith("torchvision:")
+    return (Path(word).absolute().parent.name if is_file else word), word, False
+
+
+def open_networks(words, img_size, seed, device="cpu"):
+    """The networks that the words of --checkpoints describe, for images of one size: `img_size`, or with (0, 0) that of
+    the files. ValueError or OSError, in one line, if they do not fit together."""
+    entries = [named(word) for word in words]
+    free = [name for name, source, was_given in entries if not was_given and source != "random"]
+    if twice := {name for name in free if free.count(name) > 1}:
+        raise ValueError(f"two checkpoints are called {min(twice)}: name them, as in A=PATH B=PATH (given names may be "
+                         "equal: these are the seeds of one row)")
+    saved = {source: weights.read_encoder(source, models.from_arch, models.SIZES) for _, source, _ in entries
+             if source != "random" and not source.startswith("torchvision:")}
+    size, in_chans = common_size(saved, img_size)
+
+    networks = []
+    for name, source, _ in entries:
+        if source == "random":
+            if not networks:
+                raise ValueError("random is the first checkpoint's network with random weights: name another one first")
+            nth = sum(network.source == "random" for network in networks)
+            encoder = with_seed(networks[0].encoder.arch, seed_of(seed, "random", nth))
+        elif source.startswith("torchvision:"):
+            encoder, name = torchvision_encoder(source, size, in_chans, seed, name)
+        else:
+            encoder = models.from_arch(saved[source]["arch"], img_size=size,
+                                       final_norm=not weights.lost_its_norm(saved[source]))
+            weights.load_encoder(encoder, saved[source], source)
+        networks.append(Network(name, source, encoder.eval().requires_grad_(False).to(device)))
+    return networks
+
+
+def common_size(saved, img_size):
+    """(image size, channels) of all files {path: content}. ValueError if they differ and `img_size` does not say."""
+    found = {path: (tuple(content["arch"]["img_size"]), content["arch"]["in_chans"]) for path, content in saved.items()}
+    sizes, channels = {size for size, _ in found.values()}, {in_chans for _, in_chans in found.values()}
+    if len(channels) > 1 or (len(sizes) > 1 and not any(img_size)):
+        listed = ", ".join(f"{path}: {h}x{w}, {chans} channels" for path, ((h, w), chans) in found.items())
+        way_out = "" if len(channels) > 1 else "; --img_size makes them fit one size"
+        raise ValueError(f"the checkpoints are for images of several kinds ({listed}){way_out}")
+    size = tuple(img_size) if any(img_size) else min(sizes, default=(224, 224))
+    return size, min(channels, default=3)
+
+
+def with_seed(arch, seed):
+    """The encoder of an arch with random weights that depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.from_arch(arch)
+
+
+def torchvision_encoder(source, size, in_chans, seed, name):
+    """(torchvision's network, its name) with torchvision's weights if they are on this machine. If not, weights are
+    random, and the name says so: nothing is downloaded."""
+    arch = {"model": source, "img_size": size, "patch_size": 0, "in_chans": in_chans, "options": {}}
+    encoder = with_seed(arch, seed_of(seed, source))
+    model = source.removeprefix("torchvision:")
+    path = weights.published_file(model)
+    if path.exists():
+        weights.load_published(encoder, model, download=False)
+        return encoder, name
+    config.print_once(f"{source} has random weights here: torchvision's are not at {path}, and nothing is downloaded")
+    return encoder, f"{name} (random weights)"
+
+
+def image_batches(args, encoder):
+    """Normalised batches (B, C, H, W) of --images images of --data in random order, with a progress bar. ValueError or
+    OSError if there are none."""
+    H, W = encoder.arch["img_size"]
+    source = data.open_source(args.data, args.split, encoder.arch["in_chans"])
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(args.seed))
+    indices = order[: args.images].tolist()
+    crop = transforms.CentreCrop((H, W), v2.InterpolationMode.BICUBIC)
+    dataset = data.Images(source, crop, args.seed, substitutes=0)
+    triples = [(0, i, i) for i in indices]
+    lists = [triples[first : first + args.batch_size] for first in range(0, len(triples), args.batch_size)]
+
+    def batches():
+        bar = tqdm(data.loader(dataset, lists), total=len(lists), unit="batch", disable=None)
+        for imgs, _, _ in bar:
+            yield transforms.normalize(imgs.to(args.device))
+
+    return len(indices), batches()
