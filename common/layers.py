@@ -200,14 +200,12 @@ def init_normal(module):
 
 class Attention(nn.Module):
     """Multi-head self-attention. `bias` is added to the logits; with a table of `bias_rows`, it
-    names its row for each pair of tokens. (BEiT's keys have no bias; softmax does not see it.) With
-    `keep_maps` set, the softmax stays in `maps`."""
+    names its row for each pair of tokens. (BEiT's keys have no bias; softmax does not see it.)"""
 
     def __init__(self, width, num_heads, bias_rows=0):
         super().__init__()
         self.num_heads = num_heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.keep_maps, self.maps = False, None
         table = nn.Parameter(torch.zeros(bias_rows, num_heads)) if bias_rows else None
         self.register_parameter("relative_position_bias_table", table)
 
@@ -223,14 +221,13 @@ class Attention(nn.Module):
         """Each (B, heads, N, D/heads) -> the same; `bias` broadcastable to (B, heads, N, N)."""
         # In bf16 on a CPU the fused kernel is slow. (A plan's fake tensors take the GPU's way.)
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and type(q) is torch.Tensor
-        if not self.keep_maps and not slow:
+        if not slow:
             mask = None if bias is None else bias.to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         logits = (q / math.sqrt(q.shape[3]) @ k.transpose(2, 3)).float()  # (B, heads, N, N)
-        maps = (logits if bias is None else logits + bias).softmax(dim=3).to(v.dtype)
-        self.maps = maps if self.keep_maps else None
-        return maps @ v
+        maps = (logits if bias is None else logits + bias).softmax(dim=3)
+        return maps.to(v.dtype) @ v
 
 
 class PooledAttention(Attention):

@@ -1,12 +1,48 @@
 """Small encoders and classifiers as files hold them, for the tests of weights that travel."""
 
+from functools import partial
+
 import torch
+import torchvision
+from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer, swin_transformer
+from torchvision.models.convnext import CNBlockConfig
 
 import finetune
 import models
 from common import weights
+from tools.attention_maps import Watch
 
 VIT = ("vit_tiny", (32, 32), 8)
+
+SWIN = {"patch_size": [4, 4], "embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 4]}
+SMALL = {  # torchvision's classes in small: its published sizes take a second or more to make
+    "swin_t": partial(SwinTransformer, **SWIN, window_size=[7, 7]),
+    "swin_v2_t": partial(SwinTransformer, **SWIN, window_size=[8, 8], block=swin_transformer.SwinTransformerBlockV2,
+                         downsample_layer=swin_transformer.PatchMergingV2),
+    "convnext_tiny": lambda: ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, 64, 1), CNBlockConfig(64, 96, 1),
+                                       CNBlockConfig(96, None, 1)], stochastic_depth_prob=0.1, layer_scale=1.0),
+    "vit_b_32": lambda image_size=224: VisionTransformer(image_size, 32, 2, 2, 48, 96)}
+
+
+def make_small(monkeypatch):
+    """torchvision makes small networks under the names in SMALL."""
+    publish = torchvision.models.get_model
+
+    def get_model(name, weights, **options):
+        return SMALL[name](**options) if name in SMALL else publish(name, weights=weights, **options)
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+
+
+def maps_of(encoder, imgs):
+    """(output of an encoder, {layer: attention maps (B, W, heads, n, m)}, {layer: layout})."""
+    maps, layouts = {}, {}
+
+    def take(layer, found, layout):
+        maps[layer], layouts[layer] = found, layout
+
+    with Watch(encoder, on_maps=take):
+        return encoder(imgs), maps, layouts
 
 
 def read_encoder(path, img_size=(0, 0)):

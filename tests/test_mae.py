@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import log_of
+from encoders import maps_of
 
 import mae
 import models
@@ -347,13 +348,10 @@ def test_the_order_of_visible_tokens_does_not_matter():
 def test_the_explicit_attention_path_equals_sdpa():
     encoder = models.build("vit_tiny", (32, 32), 8)
     imgs = torch.randn(2, 3, 32, 32)
-    fast = encoder(imgs)
-    for block in encoder.blocks:
-        block.attn.keep_maps = True
-    torch.testing.assert_close(encoder(imgs), fast, rtol=1e-4, atol=1e-5)
-    maps = encoder.blocks[0].attn.maps
-    assert maps.shape == (2, 4, 17, 17)
-    torch.testing.assert_close(maps.sum(dim=3), torch.ones(2, 4, 17))
+    explicit, maps, _ = maps_of(encoder, imgs)
+    torch.testing.assert_close(explicit, encoder(imgs), rtol=1e-4, atol=1e-5)
+    assert maps[0].shape == (2, 1, 4, 17, 17)
+    torch.testing.assert_close(maps[0].sum(dim=4), torch.ones(2, 1, 4, 17))
 
 
 def test_the_explicit_attention_path_adds_the_bias_too():

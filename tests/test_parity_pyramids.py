@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from encoders import read_encoder
+from encoders import maps_of, read_encoder
 from torchvision.models.swin_transformer import SwinTransformer
 
 import models
@@ -164,12 +164,11 @@ def test_low_precision_and_maps(name):
     plain = encoder(imgs)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(encoder(imgs).float(), plain, rtol=0.1, atol=0.15)
-    attentions = [m for m in encoder.modules() if isinstance(m, layers.Attention)]
-    for attention in attentions:
-        attention.keep_maps = True
-    torch.testing.assert_close(encoder(imgs), plain, rtol=1e-4, atol=1e-4)
-    for attention in attentions:
-        torch.testing.assert_close(attention.maps.sum(dim=3), torch.ones(attention.maps.shape[:3]))
+    explicit, attention, _ = maps_of(encoder, imgs)
+    torch.testing.assert_close(explicit, plain, rtol=1e-4, atol=1e-4)
+    assert len(attention) == sum(isinstance(m, layers.Attention) for m in encoder.modules())
+    for maps in attention.values():
+        torch.testing.assert_close(maps.sum(dim=4), torch.ones(maps.shape[:4]))
 
 
 def test_other_windows(capsys):

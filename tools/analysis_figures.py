@@ -174,7 +174,7 @@ def attention(path, record, name, imgs):
             line[0].imshow(figures.as_picture(imgs[i]), cmap="gray", vmin=0, vmax=1, extent=extent)
             for head, values in enumerate(of_query[:num_heads]):
                 shown = torch.tensor([[torch.nan if value is None else value for value in row] for row in values])
-                line[1 + head].imshow(shown, cmap=MAP, extent=extent, interpolation="nearest")
+                line[1 + head].imshow(shown.numpy(), cmap=MAP, extent=extent, interpolation="nearest")
             for axis in line:
                 axis.plot(queries[q][1], queries[q][0], "+", color="#d55e00", ms=8, mew=2)
                 axis.set(xticks=[], yticks=[], xlim=(0, W), ylim=(H, 0))

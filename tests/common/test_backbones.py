@@ -2,15 +2,12 @@
 
 import copy
 import json
-from functools import partial
 
 import pytest
 import torch
 import torchvision
 from conftest import equal, log_of
-from encoders import read_encoder
-from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer, swin_transformer
-from torchvision.models.convnext import CNBlockConfig
+from encoders import SMALL, make_small, maps_of, read_encoder
 
 import finetune
 import mae
@@ -85,24 +82,14 @@ def test_maps_of_pvtv2():
     maps = encoder.maps(imgs)
     assert [tuple(m.shape[1:]) for m in maps] == [(32, 18, 24), (64, 9, 12), (128, 5, 6), (256, 3, 3)]
     assert torch.equal(maps[-1].flatten(2).transpose(1, 2), encoder(imgs))
-    plain = encoder(imgs)
-    for attention in (module for module in encoder.modules() if isinstance(module, layers.Attention)):
-        attention.keep_maps = True
-    torch.testing.assert_close(encoder(imgs), plain, rtol=1e-4, atol=1e-4)
-    assert encoder.stages[0]["blocks"][0].attn.maps.shape == (1, 1, 18 * 24, 3 * 3)
+    explicit, attention, _ = maps_of(encoder, imgs)
+    torch.testing.assert_close(explicit, encoder(imgs), rtol=1e-4, atol=1e-4)
+    assert attention[0].shape == (1, 1, 1, 18 * 24, 3 * 3)
 
 
 # torchvision
 
 
-SWIN = {"patch_size": [4, 4], "embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 4]}
-SMALL = {  # torchvision's classes in small: its published sizes take a second or more to make
-    "swin_t": partial(SwinTransformer, **SWIN, window_size=[7, 7]),
-    "swin_v2_t": partial(SwinTransformer, **SWIN, window_size=[8, 8], block=swin_transformer.SwinTransformerBlockV2,
-                         downsample_layer=swin_transformer.PatchMergingV2),
-    "convnext_tiny": lambda: ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, 64, 1), CNBlockConfig(64, 96, 1),
-                                       CNBlockConfig(96, None, 1)], stochastic_depth_prob=0.1, layer_scale=1.0),
-    "vit_b_32": lambda image_size=224: VisionTransformer(image_size, 32, 2, 2, 48, 96)}
 HEADS = {"resnet18": lambda net, x: net.fc(x), "densenet121": lambda net, x: net.classifier(x),
          "efficientnet_b0": lambda net, x: net.classifier(x), "regnet_x_400mf": lambda net, x: net.fc(x),
          "convnext_tiny": lambda net, x: net.classifier(x[..., None, None]),
@@ -111,13 +98,7 @@ HEADS = {"resnet18": lambda net, x: net.fc(x), "densenet121": lambda net, x: net
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """torchvision makes small networks under the names in SMALL."""
-    publish = torchvision.models.get_model
-
-    def get_model(name, weights, **options):
-        return SMALL[name](**options) if name in SMALL else publish(name, weights=weights, **options)
-
-    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    make_small(monkeypatch)
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -1,57 +1,316 @@
-"""analyze.py: measures by hand, and every command on a few images."""
+"""analyze.py: every command on a few small images, what it writes, and what it refuses."""
 
+import html.parser
 import json
+import pickle
+import types
 
 import pytest
 import torch
+from conftest import paint
+from encoders import make_small
 
-from common.transforms import normalize
-from tools import analyze
-
-
-def test_change_by_hand():
-    """The share does not depend on units, nor on the mean of a target."""
-    target = torch.tensor([0.0, 2.0, 4.0, 6.0]).view(1, 1, 2, 2)  # variance 5, range 6
-    found = target + torch.tensor([1.0, -1.0, 1.0, -1.0]).view(1, 1, 2, 2)
-    assert analyze.change(found, target) == {"share": 0.2, "psnr": pytest.approx(15.56)}  # 10 log10(36)
-    assert analyze.change(3 * found + 7, 3 * target + 7) == analyze.change(found, target)
-    assert analyze.change(target, target)["share"] == 0
+import models
+from common import checkpoint, config
+from tools import analyses, analyze, networks, tables
 
 
-def test_targets_are_those_that_are_trained_on():
-    imgs = normalize(torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8))
-    assert {name: target(imgs).shape[1:] for name, target in analyze.TARGETS.items()} == {
-        "pixels": (3, 32, 48), "norm_pixels": (3, 32, 48), "hog": (27, 4, 6)}
-    patch = analyze.norm_pixels_map(imgs)[0, :, 16:, 16:32]
-    assert patch.mean().abs() < 1e-5 and patch.std().item() == pytest.approx(1, abs=1e-4)
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    make_small(monkeypatch)
 
 
-def test_hog_stability(call, folder, tmp_path):
-    done = call(analyze.main, ["hog_stability", "--data", folder, "--out", tmp_path / "new" / "hog", "--size", 48,
-                               "--images", 4])
-    assert done.code == 0 and done.err == "", done.err
-    saved = json.loads((tmp_path / "new" / "hog.json").read_text())
-    assert (tmp_path / "new" / "hog.png").exists() and saved["about"]["images"] == 4
-    assert str(folder) not in json.dumps(saved)
-    results = saved["results"]
-    ways = ["another size", "another size and back", "noise"]
-    assert list(results) == [f"{measure}, {way}" for way in ways for measure in ("share", "psnr")]
-    assert all(list(rows) == ["pixels", "norm_pixels", "hog"] for rows in results.values())
-    for target in results["share, noise"]:
-        assert list(results["share, another size"][target]) == ["16", "32"]
-        shares = [share for [share] in results["share, noise"][target].values()]
-        assert shares == sorted(shares) and shares[0] > 0
-    pixels = results["share, noise"]["pixels"]
-    assert pixels["8"][0] == pytest.approx(16 * pixels["2"][0], rel=0.05)
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Folders with an encoder.pt each: {name: path}."""
+    root, found = tmp_path_factory.mktemp("runs"), {}
+    kinds = {"vit": ("vit_tiny", (16, 16), 4), "other": ("vit_tiny", (16, 16), 4), "swin": ("swin_tiny", (16, 16), 0),
+             "large": ("vit_tiny", (32, 32), 4), "grey": ("vit_tiny", (16, 16), 4)}
+    for seed, (name, kind) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        encoder = models.build(*kind, in_chans=1 if name == "grey" else 3)
+        (root / name).mkdir()
+        found[name] = root / name / "encoder.pt"
+        checkpoint.write(found[name], {"arch": config.to_plain(encoder.arch), "model": encoder.state_dict(),
+                                       "method": "MAE", "step": 3})
+    return found
 
 
-def test_a_missing_folder_is_one_line(call, tmp_path):
-    done = call(analyze.main, ["hog_stability", "--data", "/no/such", "--out", tmp_path / "hog"])
-    assert done.code == 2 and "/no/such" in done.err and done.err.count("\n") == 1 and not list(tmp_path.iterdir())
+def analyse(call, name, *words, out):
+    done = call(analyze.main, [name, *words, "--out", out])
+    assert done.code == 0, done.err
+    return done
 
 
-@pytest.mark.parametrize("words", [["--size", 100], ["--size", 16], ["--size", 0], ["--images", 0], ["--images", -3]])
-def test_numbers_that_make_no_measure_are_one_line(words, call, tmp_path):
-    done = call(analyze.main, ["hog_stability", "--data", "shapes", "--out", tmp_path / "out", *words])
-    assert done.code == 2 and done.err.count("\n") == 1 and "--size takes a multiple of 16" in done.err
-    assert not list(tmp_path.iterdir())
+def record_of(out, name):
+    return json.loads((out / f"{name}.json").read_text())
+
+
+class Links(html.parser.HTMLParser):
+    """What a page names: addresses, and tags."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.found, self.tags = [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.found += [value for name, value in attributes if name in ("href", "src")]
+
+
+# Everything
+
+
+def test_all(call, encoders, folder, tmp_path):
+    """A figure and numbers each; one page, which needs no network and names nothing that is missing."""
+    (encoders["vit"].parent / "log.jsonl").write_text('{"step": 2, "loss": 0.5}\n')
+    done = analyse(call, "all", "--checkpoints", encoders["vit"], encoders["swin"], "random", "--data", folder,
+                   "--images", 12, "--batch_size", 6, "--size", 48, "--masks", 2, out=tmp_path)
+    names = ["distance", "entropy", "kl", "cka", "spectrum", "frequency", "attention", "avgdist", "hog", "curves"]
+    written = {path.stem for path in tmp_path.glob("*.json")}
+    assert written == set(names) and "left out: kernels: no network" in done.out
+    for name in names:
+        record = record_of(tmp_path, name)
+        assert record["what"] == name and record["commit"] and record["machine"] and record["seeds"] == [0]
+        assert str(folder) not in record["commands"][0]
+        assert record["figures"] and all((tmp_path / figure).stat().st_size > 2000 for figure in record["figures"])
+        assert tables.as_markdown(tmp_path / f"{name}.json").count("\n") >= 2 or name == "attention"
+
+    page = Links(tmp_path / "index.html")
+    assert page.tags.count("section") == page.tags.count("h2") == len(names) and "script" not in page.tags
+    for link in page.found:
+        assert not link.startswith(("http", "/", "file")), link
+        assert (tmp_path / link).exists() or (link[0] == "#" and link[1:] in names)
+
+    # Three networks in every comparison, five layers of a Swin, four of a ViT.
+    for name in ("distance", "entropy"):
+        for title, rows in record_of(tmp_path, name)["results"].items():
+            layers = {network: list(cells) for network, cells in rows.items()}
+            assert layers == {"vit": list("1234"), "swin": list("12345"), "random": list("1234")}, title
+    matrices = record_of(tmp_path, "cka")["matrices"]
+    assert len(matrices["vit"]["swin"]) == 4 and len(matrices["vit"]["swin"][0]) == 5
+    assert all(matrices[name][name][i][i] == 1 for name in matrices for i in range(4))
+
+
+def test_a_page_gathers_what_lies_in_its_folder(call, encoders, folder, tmp_path):
+    analyse(call, "avgdist", "--mask_size", "32x64", "--unit", 8, "--masks", 2, out=tmp_path)
+    analyse(call, "kl", "--checkpoints", encoders["vit"], "--data", folder, "--images", 4, out=tmp_path)
+    page = Links(tmp_path / "index.html")
+    assert [link for link in page.found if link.endswith(".json")] == ["kl.json", "avgdist.json"]
+
+
+def test_checkpoints_of_one_name_are_seeds_of_one_row(call, encoders, folder, tmp_path):
+    checkpoints = ["--checkpoints", f"MAE={encoders['vit']}", f"MAE={encoders['other']}", "random", "random"]
+    words = ["--data", folder, "--images", 6]
+    analyse(call, "distance", *checkpoints, *words, out=tmp_path / "both")
+    analyse(call, "distance", "--checkpoints", encoders["other"], *words, out=tmp_path / "one")
+    both, one = (record_of(tmp_path / out, "distance") for out in ("both", "one"))
+    assert list(both["heads"]) == ["MAE", "random"]
+    for layer, seeds in both["heads"]["MAE"].items():
+        assert seeds[1] == pytest.approx(one["heads"]["other"][layer][0], rel=1e-4)
+        assert len(seeds) == 2 and len(seeds[0]) == 4 and seeds[0] != seeds[1]
+    assert both["heads"]["random"]["1"][0] != both["heads"]["random"]["1"][1]
+    [means, spreads] = both["results"].values()
+    heads = torch.tensor(both["heads"]["MAE"]["2"])  # (seeds, heads)
+    assert means["MAE"]["2"] == pytest.approx(heads.mean(dim=1).tolist(), rel=1e-3)
+    assert spreads["MAE"]["2"] == pytest.approx(heads.std(dim=1, correction=0).tolist(), rel=1e-2)
+
+
+def test_numbers_do_not_depend_on_the_batch(call, encoders, folder, tmp_path):
+    for size in (5, 15):
+        for name in ("entropy", "spectrum", "frequency"):
+            analyse(call, name, "--checkpoints", encoders["swin"], "--data", folder, "--batch_size", size,
+                    out=tmp_path / str(size))
+    for name in ("entropy", "spectrum", "frequency"):
+        one, two = (record_of(tmp_path / out, name)["results"] for out in ("5", "15"))
+        for title, rows in one.items():
+            for layer, values in rows["swin"].items():
+                assert values == pytest.approx(two[title]["swin"][layer], rel=2e-4, abs=1e-6)
+
+
+def test_memory_does_not_grow_with_images(encoders):
+    """What the analyses hold after 3 batches and after 12 is of one size."""
+    found = networks.open_networks([str(encoders["vit"]), "random"], (0, 0), 0)
+    sizes = []
+    for count in (3, 12):
+        streamed = [make() for make in analyses.STREAMED.values()]
+        batches = (torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(count))
+        analyses.gather(found, batches, streamed)
+        sizes.append(sum(len(pickle.dumps(vars(analysis))) for analysis in streamed))
+    assert abs(sizes[1] - sizes[0]) < 0.01 * sizes[0]
+
+
+# One by one
+
+
+def test_attention_of_chosen_patches(call, encoders, folder, tmp_path):
+    """The maps of the last layer, of the token at the pixel; each sums up to 1."""
+    analyse(call, "attention", "--checkpoints", encoders["vit"], encoders["swin"], "--data", folder, "--pictures", 1,
+            "--queries", "1,14 10,6", "--layer", 3, out=tmp_path)
+    record = record_of(tmp_path, "attention")
+    maps = torch.tensor(record["maps"]["vit"])  # (images, queries, heads, h, w)
+    assert maps.shape == (1, 2, 4, 4, 4) and record["queries"] == [[1, 14], [10, 6]] and record["layer"] == 3
+    torch.testing.assert_close(maps.sum(dim=(3, 4)), torch.ones(1, 2, 4), atol=1e-3, rtol=0)
+
+    encoder = models.load(str(encoders["vit"]))
+    [network] = networks.open_networks([str(encoders["vit"])], (0, 0), 0)
+    args = types.SimpleNamespace(data=str(folder), split="val", images=1, batch_size=1, seed=0, device="cpu")
+    imgs = next(networks.image_batches(args, network.encoder)[1])
+    q = torch.nn.functional.layer_norm
+    with torch.no_grad():
+        x = torch.cat([encoder.cls_token, encoder.embed(imgs) + encoder.pos_embed[:, 1:]], dim=1)
+        for block in encoder.blocks[:2]:
+            x = block(x)
+        block = encoder.blocks[2]
+        x = q(x, (96,), block.norm1.weight, block.norm1.bias, 1e-6)
+        query, key, _ = block.attn.qkv(x).view(17, 3, 4, 24).permute(1, 2, 0, 3)  # each (heads, 17, 24)
+        rows = (query @ key.transpose(1, 2) / 24**0.5).softmax(dim=2)[:, 1 + 0 * 4 + 3, 1:]  # row 0, column 3
+    expected = (rows / rows.sum(dim=1, keepdim=True)).view(4, 4, 4)
+    torch.testing.assert_close(maps[0, 0], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_what_a_window_does_not_hold_is_blank(call, folder, tmp_path):
+    torch.manual_seed(0)
+    encoder = models.build("swin_tiny", (64, 64), window=4)
+    checkpoint.write(tmp_path / "swin.pt", {"arch": config.to_plain(encoder.arch), "model": encoder.state_dict(),
+                                            "method": "MAE", "step": 3})
+    analyse(call, "attention", "--checkpoints", tmp_path / "swin.pt", "--data", folder, "--pictures", 1, "--layer", 1,
+            "--queries", "40,40", out=tmp_path)
+    [[[first, *_]]] = record_of(tmp_path, "attention")["maps"][tmp_path.name]  # (16, 16) of a head
+    seen = [(i, j) for i, row in enumerate(first) for j, value in enumerate(row) if value is not None]
+    assert seen == [(i, j) for i in range(8, 12) for j in range(8, 12)]
+
+
+def test_kernels(call, tmp_path):
+    analyse(call, "kernels", "--checkpoints", "torchvision:convnext_tiny", "random", "--img_size", 64, out=tmp_path)
+    record = record_of(tmp_path, "kernels")
+    assert all("7x7" in layer for layer in record["layers"]["random"].values())
+    for rows in record["kernels"].values():
+        assert [len(seeds[0]) for seeds in rows["random"].values()] == [16, 16, 32, 64, 96]  # channels
+    assert (tmp_path / "kernels.png").exists()
+
+
+def test_torchvisions_weights_are_not_fetched(call, folder, tmp_path, monkeypatch):
+    """Without a file, weights are random, and every name says so."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "nowhere"))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("downloads"))
+    done = analyse(call, "kl", "--checkpoints", "torchvision:vit_b_32", "random", "--img_size", 32, "--data", folder,
+                   "--images", 2, out=tmp_path)
+    assert "has random weights here" in done.out and "nothing is downloaded" in done.out
+    assert list(record_of(tmp_path, "kl")["heads"]) == ["torchvision:vit_b_32 (random weights)", "random"]
+
+
+def test_curves(call, tmp_path):
+    logs = {"mae": [{"step": 10, "loss": 2.0, "images_per_s": 5}, {"step": 20, "loss": 1.0},
+                    {"step": 20, "knn_top1": 30.0}], "ft": [{"step": 7, "loss": 0.5, "top1": 60.0}]}
+    for name, lines in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "ft" / "result.json").write_text('{"top1": 61.5}')
+    done = analyse(call, "curves", "--runs", tmp_path / "mae", f"tuned={tmp_path / 'ft'}", out=tmp_path)
+    record = record_of(tmp_path, "curves")
+    assert record["curves"]["loss"] == {"mae": [[10, 2.0], [20, 1.0]], "tuned": [[7, 0.5]]}
+    table = (tmp_path / "curves.md").read_text()
+    assert "| mae | 1.00 | 30.0 | 5.00 |" in table and "| tuned | 0.500 |" in table and "61.5" in table
+    assert table.strip() in done.out
+
+
+def test_drop(call, encoders, made_up, tmp_path):
+    """Through the queue: an edited encoder, then one fine-tuning for each task; the numbers by seed."""
+    words = ["--seeds", "0 1", "--drops", "0 2", "--shuffled", 2, "--jobs", 1]
+    done = analyse(call, "drop", "--checkpoints", encoders["vit"], "random", *words, out=tmp_path / "out")
+    record = record_of(tmp_path / "out", "drop")
+    assert list(record["results"]) == ["classification: top-1, per cent", "segmentation: mIoU, per cent",
+                                       "depth: RMSE, metres (less is better)"]
+    for rows in record["results"].values():
+        assert list(rows) == ["vit", "random"]
+        assert list(rows["vit"]) == ["0 dropped", "2 dropped", "2 dropped, rest shuffled"]
+        assert all(len(values) == 2 and None not in values for cells in rows.values() for values in cells.values())
+    commands = made_up()
+    assert sum("tools.convert" in command for command in commands) == 2 * 2 * 2
+    assert sum("--shuffle_layers" in command for command in commands) == 2 * 2
+    assert sum("--task depth" in command for command in commands) == 2 * 2 * 3
+    [edited] = [command for command in commands if "finetune" in command and "vit_2_shuffled_seed1" in command]
+    assert "runs/vit_2_shuffled_seed1/encoder.pt" in edited and "--seed 1" in edited
+    assert (tmp_path / "out" / "drop.png").exists() and "| depth" in done.out
+    saved = checkpoint.read(tmp_path / "out" / "runs" / "random_0.pt")
+    assert saved["arch"]["model"] == "vit_tiny"
+
+
+def test_hog(call, folder, tmp_path):
+    analyse(call, "hog", "--data", folder, "--size", 48, "--images", 4, out=tmp_path / "new")
+    record = record_of(tmp_path / "new", "hog")
+    assert (tmp_path / "new" / "hog.png").exists() and record["images"] == 4 and record["sizes"] == [32]
+    assert str(folder) not in json.dumps(record)
+    assert len(record["results"]["SSIM of pictures, 32 px"]) == 16
+
+
+# What is refused
+
+
+def fails(call, *words):
+    done = call(analyze.main, list(words))
+    assert done.code == 2 and done.err.count("\n") == 1 and "Traceback" not in done.err, done.err
+    return done.err
+
+
+def test_a_network_without_attention(call, folder, tmp_path):
+    words = ["--checkpoints", "torchvision:convnext_tiny", "--img_size", 32, "--data", folder, "--out", tmp_path]
+    for name in ("distance", "attention"):
+        assert "no attention" in fails(call, name, *words)
+
+
+def test_networks_that_do_not_fit_together(call, encoders, folder, tmp_path):
+    """Another size, unless --img_size makes them fit; other channels; equal names; random alone."""
+    words = ["--data", folder, "--images", 4, "--out", tmp_path]
+    vit = encoders["vit"]
+    assert "--img_size" in fails(call, "kl", "--checkpoints", vit, encoders["large"], *words)
+    analyse(call, "kl", "--checkpoints", vit, encoders["large"], "--img_size", 16, *words[:-2], out=tmp_path)
+    assert "1 channels" in fails(call, "kl", "--checkpoints", vit, encoders["grey"], *words)
+    copy = tmp_path / "vit" / "encoder.pt"
+    copy.parent.mkdir()
+    copy.write_bytes(vit.read_bytes())
+    assert "two checkpoints are called vit" in fails(call, "kl", "--checkpoints", vit, copy, *words)
+    assert "name another one first" in fails(call, "kl", "--checkpoints", "random", *words)
+    assert "no checkpoint at" in fails(call, "kl", "--checkpoints", tmp_path / "none.pt", *words)
+    assert "does not divide" in fails(call, "kl", "--checkpoints", vit, "--img_size", 18, *words)
+
+
+def test_too_few_images(call, encoders, folder, tmp_path):
+    words = ["--checkpoints", encoders["vit"], "--data", folder, "--out", tmp_path]
+    assert "needs 4" in fails(call, "cka", *words, "--images", 1)
+    assert "needs 2" in fails(call, "spectrum", *words, "--batch_size", 1)
+    assert "--images must be 1 or more" in fails(call, "kl", *words, "--images", 0)
+
+
+def test_images_of_several_sizes_and_broken_ones(call, encoders, tmp_path):
+    """Sizes may differ: all are cropped. A broken file is named; too many of them, and there is nothing to see."""
+    for i, size in enumerate([(16, 16), (40, 24), (20, 90)]):
+        paint(tmp_path / "images" / f"{i}.png", i, size)
+    words = ["--checkpoints", encoders["vit"], "--data", tmp_path / "images", "--out", tmp_path / "out"]
+    analyse(call, "kl", *words[:-2], out=tmp_path / "out")
+    (tmp_path / "images" / "2.png").write_bytes(b"no picture")
+    done = call(analyze.main, ["kl", *words])
+    assert done.code == 0 and "left out a broken image" in done.err and "2.png" in done.err
+    for i in range(2):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"no picture")
+    done = call(analyze.main, ["kl", *words])
+    assert done.code == 2 and "3 of 3 images are broken" in done.err.splitlines()[-1]
+    assert "/no/such" in fails(call, "kl", "--checkpoints", encoders["vit"], "--data", "/no/such", "--out", tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--size", 100], ["--size", 16], ["--size", 0]])
+def test_sizes_that_make_no_measure(words, call, folder, tmp_path):
+    assert "--size takes a multiple of 16" in fails(call, "hog", "--data", folder, "--out", tmp_path, *words)
+
+
+def test_other_nonsense(call, encoders, folder, tmp_path):
+    out = ["--out", tmp_path]
+    vit = ["--checkpoints", encoders["vit"], "--data", folder]
+    assert "--layer 7: vit has 4" in fails(call, "attention", *vit, "--layer", 7, *out)
+    assert "--queries" in fails(call, "attention", *vit, "--queries", "3,99", *out)
+    assert "divisible by 2 x --unit" in fails(call, "avgdist", "--mask_size", 40, *out)
+    assert "log.jsonl" in fails(call, "curves", "--runs", tmp_path, *out)
+    assert "none of" in fails(call, "kernels", "--checkpoints", encoders["vit"], *out)
+    assert "drop knows ViT" in fails(call, "drop", "--checkpoints", "torchvision:convnext_tiny", *out)
