@@ -177,28 +177,28 @@ def size(name):
 
 
 OPTIONS = {  # option: arguments of argparse
-    "checkpoints": dict(nargs="+", required=True, metavar="[NAME=]PATH", help="files, torchvision:NAME, random"),
-    "data": dict(default="shapes", help="shapes, cifar10, or a folder of images"),
-    "split": dict(default="val", help="train, val or test"),
-    "images": dict(type=int, default=512, help="how many of them"),
-    "batch_size": dict(type=int, default=64, help="images at once; CKA compares those of a batch"),
-    "img_size": dict(type=size("img_size"), default=(0, 0), metavar="HxW", help="pixels; 0 as in the checkpoints"),
-    "device": dict(default="auto", choices=["auto", "cpu", "cuda"]),
-    "layer": dict(type=int, default=0, help="attention layer, from 1 on; 0 for the last"),
-    "queries": dict(type=pairs, default=[], metavar="ROW,COLUMN", help="pixels; the centre, and near a corner"),
-    "pictures": dict(type=int, default=2, help="images whose attention is drawn"),
-    "mask_size": dict(type=size("mask_size"), default=(256, 256), metavar="HxW", help="pixels of a masked image"),
-    "unit": dict(type=int, default=16, help="pixels, side of what is masked"),
-    "masks": dict(type=int, default=100, help="how many of each strategy"),
-    "size": dict(type=int, default=224, help="pixels of the full images, a multiple of 16 from 48 on"),
-    "runs": dict(nargs="+", required=True, metavar="[NAME=]DIR", help="folders with a log.jsonl"),
-    "seeds": dict(type=seed_list, default=[0], help='such as "0 1 2"'),
-    "drops": dict(type=seed_list, default=[0, 1, 2], help="numbers of last layers to drop"),
-    "shuffled": dict(type=int, default=2, help="layers to drop where the rest is shuffled; 0 for none"),
-    "tasks": dict(type=str.split, default=list(run_analyses.TASKS), help="of classify, segment, depth"),
-    "jobs": dict(type=int, default=runner.CORES, help="runs at a time, one thread each"),
-    "seed": dict(type=int, default=0, help="of images, random weights and masks"),
-    "out": dict(type=Path, default=Path("runs/analysis"), help="folder of figures, numbers and page")}
+    "--checkpoints": dict(nargs="+", required=True, metavar="[NAME=]PATH", help="files, torchvision:NAME, random"),
+    "--data": dict(default="shapes", help="shapes, cifar10, or a folder of images"),
+    "--split": dict(default="val", help="train, val or test"),
+    "--images": dict(type=int, default=512, help="how many of them"),
+    "--batch_size": dict(type=int, default=64, help="images at once; CKA compares those of a batch"),
+    "--img_size": dict(type=size("img_size"), default=(0, 0), metavar="HxW", help="pixels; 0 as in the checkpoints"),
+    "--device": dict(default="auto", choices=["auto", "cpu", "cuda"]),
+    "--layer": dict(type=int, default=0, help="attention layer, from 1 on; 0 for the last"),
+    "--queries": dict(type=pairs, default=[], metavar="ROW,COLUMN", help="pixels; the centre, and near a corner"),
+    "--pictures": dict(type=int, default=2, help="images whose attention is drawn"),
+    "--mask_size": dict(type=size("mask_size"), default=(256, 256), metavar="HxW", help="pixels of a masked image"),
+    "--unit": dict(type=int, default=16, help="pixels, side of what is masked"),
+    "--masks": dict(type=int, default=100, help="how many of each strategy"),
+    "--size": dict(type=int, default=224, help="pixels of the full images, a multiple of 16 from 48 on"),
+    "--runs": dict(nargs="+", required=True, metavar="[NAME=]DIR", help="folders with a log.jsonl"),
+    "--seeds": dict(type=seed_list, default=[0], help='such as "0 1 2"'),
+    "--drops": dict(type=seed_list, default=[0, 1, 2], help="numbers of last layers to drop"),
+    "--shuffled": dict(type=int, default=2, help="layers to drop where the rest is shuffled; 0 for none"),
+    "--tasks": dict(type=str.split, default=list(run_analyses.TASKS), help="of classify, segment, depth"),
+    "--jobs": dict(type=int, default=runner.CORES, help="runs at a time, one thread each"),
+    "--seed": dict(type=int, default=0, help="of images, random weights and masks"),
+    "--out": dict(type=Path, default=Path("runs/analysis"), help="folder of figures, numbers and page")}
 LOOK = ["checkpoints", "data", "split", "images", "batch_size", "img_size", "device"]
 QUERIES, MASKS = ["layer", "queries", "pictures"], ["mask_size", "unit", "masks"]
 TAKES = {  # name: its options, beside seed and out
@@ -214,7 +214,7 @@ def parse(words):
     for name, options in TAKES.items():
         command = names.add_parser(name, help=analysis_page.TEXTS[name][0] if name != "all" else "all but drop")
         for option in [*options, "seed", "out"]:
-            command.add_argument(f"--{option}", **OPTIONS[option])
+            command.add_argument(f"--{option}", **OPTIONS[f"--{option}"])
     args = parser.parse_args(words)
     if getattr(args, "device", "") == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
