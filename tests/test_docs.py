@@ -230,7 +230,7 @@ def test_the_accuracy_in_the_docstring_of_finetune_was_measured(monkeypatch):
 def test_the_tables_of_hog_stability_were_measured(monkeypatch):
     """Similarity of pictures at 128 px on photos, and the share of each target that changes."""
     monkeypatch.chdir(ROOT)
-    tables = measured("hog_stability_photos.json")
+    tables = measured("hog_photos.json")
     page = cells_of((ROOT / "docs" / "results.md").read_text())
     shown, wins = page["resized to 128 px and back"], "images on which HOG is more alike"
     assert len(shown) >= 6

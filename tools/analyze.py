@@ -4,7 +4,7 @@ Modeling" (Xie et al., arXiv 2205.13543), of LUT and of UM-MAE, on any checkpoin
     python -m tools.analyze all --checkpoints runs/mae/encoder.pt random --data shapes --out runs/analysis
     python -m tools.analyze distance --checkpoints runs/mae/encoder.pt torchvision:vit_b_16 random --out runs/analysis
     python -m tools.analyze attention --checkpoints runs/mae/encoder.pt --queries "20,20 44,32" --out runs/analysis
-    python -m tools.analyze avgdist --img_size 256 --unit 16 --out runs/analysis
+    python -m tools.analyze avgdist --mask_size 256 --unit 16 --out runs/analysis
     python -m tools.analyze hog --data shapes --size 64 --images 64 --out runs/analysis
     python -m tools.analyze drop --checkpoints runs/mae/encoder.pt random --seeds "0 1 2" --out runs/analysis
     python -m tools.analyze curves --runs runs/mae runs/finetune --out runs/analysis
