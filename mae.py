@@ -149,7 +149,8 @@ class MAE(nn.Module):
 
     def mask(self, noise):
         """noise (B, N) -> ids_keep (B, N_keep), ids_restore (B, N), mask (B, N) bool, True =
-        hidden."""
+        hidden. N_keep = floor(N * (1 - mask_ratio)) in exact arithmetic, and at least 1; the
+        patches with the lowest SCORES stay, in the order of these."""
         kept = self.num_patches * (1 - self.cfg.mask_ratio)
         N_keep = max(1, int(kept + 1e-9))  # 100 * (1 - 0.9) is 9.999...
         scores = SCORES[self.cfg.mask](noise, self.grid)  # (B, N)
@@ -164,7 +165,7 @@ class MAE(nn.Module):
 
     def encode(self, imgs, ids_keep, mask):
         """Only visible patches go through the encoder -> latent (B, 1 + N_keep, D), class token
-        first."""
+        first. With mask_tokens_in_encoder all do, hidden ones as mask_token: (B, 1 + N, D)."""
         tokens = self.encoder.embed(imgs)  # (B, N, D)
         if self.cfg.mask_tokens_in_encoder:
             tokens = torch.where(mask[..., None], self.mask_token, tokens)
@@ -175,7 +176,8 @@ class MAE(nn.Module):
         return self.encoder.encode(visible, coords)
 
     def decode(self, latent, ids_restore):
-        """Mask tokens stand for hidden patches; every patch is predicted: (B, N, p*p*C)."""
+        """Mask tokens stand for hidden patches; every patch is predicted: (B, N, p*p*C). With
+        mask_tokens_in_encoder, the latent has all patches already, in raster order."""
         x = self.decoder.embed(latent)  # (B, 1 + N_keep, decoder_width)
         if not self.cfg.mask_tokens_in_encoder:
             cls, visible = x[:, :1], x[:, 1:]
@@ -192,7 +194,8 @@ class MAE(nn.Module):
         return self.normalise(patches, imgs)
 
     def normalise(self, patches, imgs):
-        """Patches (B, N, p*p*C) on the scale of the target of imgs, fp32."""
+        """Patches (B, N, p*p*C), which need not be those of imgs (see prepare), on the scale of
+        the target, fp32: less mean and over std of the patches of imgs, or PCA's coefficients."""
         if self.cfg.target == "norm_pixels":
             own = layers.patchify(imgs.float(), self.patch_size)  # (B, N, p*p*C)
             mean, std = layers.patch_statistics(own)
@@ -203,7 +206,8 @@ class MAE(nn.Module):
         return patches
 
     def loss(self, pred, target, mask):
-        """Mean squared error over hidden patches, fp32 (MAE, 3); 0 if none is hidden."""
+        """Mean squared error over all hidden patches of the batch, fp32 (MAE, 3); 0 if there is
+        none."""
         error = (pred.float() - target).square().mean(dim=2)  # (B, N)
         return (error * mask).sum() / mask.sum().clamp(min=1)
 

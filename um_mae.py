@@ -78,8 +78,8 @@ class Config(config.RunConfig):
 # ---------------------------------------- Masks: noise (B, U), grid (h, w) of units -> ids_keep
 
 def uniform_sampling(noise, grid):
-    """ids_keep (B, U/4): in every 2x2 cell, the unit with the lowest noise; cells in raster order
-    (UM-MAE, 3.2)."""
+    """ids_keep (B, U/4): in every 2x2 cell, the unit with the lowest noise, the first of equals;
+    cells in raster order (UM-MAE, 3.1)."""
     # DIFF: UM-MAE's released code draws the places from a pool in which all four are equally
     # frequent; here they are independent, which makes the same marginals.
     B, (h, w) = len(noise), grid
@@ -107,7 +107,8 @@ SAMPLING = {"uniform": uniform_sampling, "grid": grid_sampling, "random": random
 
 def secondary_mask(noise, ids_keep, ratio):
     """Which of the kept units are hidden behind a token: bool (B, K), True = hidden. Those with the
-    lowest noise (B, U) stay visible, floor(K * (1 - ratio)) of them (UM-MAE, 3.2)."""
+    lowest noise (B, U) stay visible: floor(K * (1 - ratio)) in exact arithmetic, and at least 1
+    (UM-MAE, 3.2)."""
     num_visible = max(1, math.floor(ids_keep.shape[1] * (1 - ratio) + 1e-9))
     noise = noise.gather(1, ids_keep)  # (B, K)
     rank = noise.argsort(dim=1, stable=True).argsort(dim=1)  # (B, K)
@@ -189,8 +190,9 @@ class UMMAE(nn.Module):
         return ids_keep, is_secondary, mask
 
     def compact(self, x, ids_keep):
-        """Kept units of a map (B, D, H, W), packed into one of a quarter of its size: (B, D, H/2,
-        W/2). Random sampling leaves no map; its units make one row: a ViT needs no more."""
+        """Kept units of a map (B, D, H, W), be it an image or something for each token, packed
+        into one of a quarter of its size: (B, D, H/2, W/2). Random sampling leaves no map; its
+        units make one row, (B, D, side, K*side): a ViT needs no more."""
         h, w = self.grid
         side = x.shape[2] // h  # of a unit in this map
         units = layers.patchify(x, side)  # (B, U, side*side*D)
@@ -219,14 +221,15 @@ class UMMAE(nn.Module):
         return self.encoder.encode(tokens, coords=coords, grid=grid)
 
     def decode(self, latent, ids_keep):
-        """Latent tokens are unfolded into units and put at their own places among mask tokens; all
-        units are predicted: (B, U, u*u*C)."""
+        """Latent tokens are unfolded into units by a pixel shuffle (UM-MAE, 3.3), and put at their
+        own places among mask tokens; all units are predicted: (B, U, u*u*C). With published_order
+        the tokens of a pyramid go, as they come, to the kept places in raster order."""
         num_prefix = self.encoder.num_prefix  # P
         x = self.decoder.embed(latent)  # (B, P + K / up^2, up^2 * decoder_width)
         prefix, kept = x[:, :num_prefix], x[:, num_prefix:]
         if self.up > 1:
             h, w = self.grid[0] // (2 * self.up), self.grid[1] // (2 * self.up)
-            kept = F.pixel_shuffle(layers.as_map(kept, (h, w)), self.up)  # (B, decoder_width, ...)
+            kept = F.pixel_shuffle(layers.as_map(kept, (h, w)), self.up)  # (B, decoder_width, h', w')
             kept = kept.flatten(2).transpose(1, 2)  # (B, K, decoder_width)
 
         # DIFF: UM-MAE's released code puts the tokens of a pyramid, which are in the order of

@@ -1,5 +1,6 @@
 """mae.py: what is hidden, what is seen, where every token lies, and that none of it depends on how a batch is cut."""
 
+import dataclasses
 import math
 import shutil
 
@@ -297,6 +298,7 @@ def test_every_decoder_token_sits_at_its_own_position(size, kind, monkeypatch):
     monkeypatch.setattr(model.encoder, "encode", encode)
     monkeypatch.setattr(model.decoder, "embed", torch.nn.Identity())
     monkeypatch.setattr(model.decoder, "forward", decode)
+    model.cfg = dataclasses.replace(model.cfg, decoder_width=96)
     model.mask_token = torch.nn.Parameter(torch.full((1, 1, 96), -1.0))
     model.decode(model.encode(tokens, ids_keep, mask), ids_restore)
     number, coords = seen["encoder"]

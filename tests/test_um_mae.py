@@ -1,6 +1,7 @@
 """um_mae.py: what is kept and what is hidden, that a compact image is what the paper says it is, and that every token
 keeps its own place from the pixels to the decoder."""
 
+import dataclasses
 import math
 
 import pytest
@@ -198,6 +199,7 @@ def traced(model, monkeypatch):
     monkeypatch.setattr(model.encoder.patch_embed, "norm", torch.nn.Identity())
     monkeypatch.setattr(model.decoder, "embed", torch.nn.Identity())
     monkeypatch.setattr(model.decoder, "forward", lambda x: x[..., 0])
+    model.cfg = dataclasses.replace(model.cfg, decoder_width=1)
     model.mask_token, model.secondary_token = (torch.nn.Parameter(torch.full((1, 1, 1), float(n))) for n in (-1, -2))
     s, (h, w), B = model.encoder.stride, model.grid, 5
     noise = torch.rand(B, model.num_noise)

@@ -26,6 +26,7 @@ from tools import grade
 ROOT = Path(__file__).resolve().parent.parent
 ASSIGNMENTS = ROOT / "assignments"
 SECONDS = 45  # that one question may take
+METHODS = ("mae", "simmim", "um_mae", "fastmim", "lut")
 
 
 def read(number):
@@ -104,7 +105,9 @@ def names_made_by(node):
         return {node.name}
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    targets = getattr(node, "targets", None) or [getattr(node, "target", node)]
+    parts = itertools.chain.from_iterable(map(ast.walk, targets))  # not of comprehensions
+    return {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
 
 
 def shaken(text, wanted):
@@ -217,13 +220,12 @@ def filled(name, assignment):
     for question in assignment["questions"]:
         functions = ", ".join(f"`{name}`" for name in question.get("holes", []) or filter(None, [question.get("hunt")]))
         rows.append(f"| {question['name']} | {question['points']} | {functions} |")
-    words = {**assignment, "rows": "\n".join(rows), "files": ", ".join(f"`{name}`" for name in assignment["hand_in"]),
+    oral = "\n".join(f"{i}. **{each['ask']}** {each['answer']}\n" for i, each in enumerate(assignment["oral"], 1))
+    words = {**assignment, "oral": oral, "rows": "\n".join(rows), "files": ", ".join(f"`{name}`" for name in assignment["hand_in"]),
              "total": assignment.get("total", sum(each["points"] for each in assignment["questions"])),
-             "torch": version("torch").split("+")[0],
-             "torchvision": version("torchvision").split("+")[0],
-             "task": (ASSIGNMENTS / "tasks" / f"{assignment.get('task', 'holes')}.md").read_text()}
-    text = (ASSIGNMENTS / name).read_text().replace("{task}", words["task"])
-    words["seconds"] = SECONDS
+             "seconds": SECONDS, **{name: version(name).split("+")[0] for name in ("torch", "torchvision")}}
+    task = (ASSIGNMENTS / "tasks" / f"{assignment.get('task', 'holes')}.md").read_text()
+    text = (ASSIGNMENTS / name).read_text().replace("{task}", task)
     return re.sub(r"\{(\w+)\}", lambda word: str(words.get(word[1], word[0])), text)
 
 
@@ -235,6 +237,7 @@ def write_student(assignment, folder):
                 (folder / file).write_text(cut((folder / file).read_text(), holes))
     if assignment["questions"]:
         write_tests(assignment, tests_of(assignment, ["public"]), folder / "tests")
+        leave_out_other_methods(assignment, folder)
         write_grader(assignment, folder, ["public"], "by the tests that you have; hidden ones count, too")
         (folder / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
         (folder / ".github" / "workflows").mkdir(parents=True)
@@ -243,6 +246,14 @@ def write_student(assignment, folder):
         (folder / name).write_text(filled(f"student/{name}", assignment))
     for name in assignment.get("starters", []):
         shutil.copy(ASSIGNMENTS / "starters" / Path(name).name, folder / name)
+
+
+def leave_out_other_methods(assignment, folder):
+    """They are answers to other assignments. Those stay that a test needs, or that a bug hunt is about."""
+    tests = "".join(path.read_text() for path in (folder / "tests").iterdir() if path.suffix == ".py")
+    for method in METHODS if any("holes" in question for question in assignment["questions"]) else ():
+        if f"{method}.py" not in assignment["hand_in"] and not re.search(rf"^import {method}$", tests, re.M):
+            (folder / f"{method}.py").unlink(missing_ok=True)
 
 
 def write_gradescope(assignment, path):
@@ -269,13 +280,8 @@ def build(number, out):
     write_student(assignment, out / "student")
     if assignment["questions"]:
         write_gradescope(assignment, out / "gradescope.zip")
-    (out / "instructor.md").write_text(filled("instructor.md", assignment) + oral(assignment))
+    (out / "instructor.md").write_text(filled("instructor.md", assignment))
     return assignment
-
-
-def oral(assignment):
-    """Questions for a talk of five minutes, with what a good answer holds."""
-    return "".join(f"\n{i}. **{each['ask']}** {each['answer']}\n" for i, each in enumerate(assignment["oral"], 1))
 
 
 def main(argv=None):

@@ -132,7 +132,8 @@ def nobody():
     try:
         subprocess.run([sys.executable, "-c", "import pytest"], check=True, cwd="/", capture_output=True, **rights)
     except (OSError, KeyError, ValueError, subprocess.CalledProcessError):
-        print("note: hand-ins run with the rights of root, because user nobody cannot run this Python")
+        if (HERE / "project").exists():  # a student grades what is his own
+            print("note: hand-ins run with the rights of root, because user nobody cannot run this Python")
         return {}
     return rights
 

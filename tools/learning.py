@@ -121,7 +121,7 @@ ABLATIONS = {  # what a paper varies, and what it found: {row: command}
         f"{unit} px": METHODS["SimMIM Swin"] + f" --mask_unit {unit}" for unit in (4, 8, 16)},
     "SimMIM Swin, mask ratio (SimMIM: 0.6 is best for its unit)": {
         ratio: METHODS["SimMIM Swin"] + f" --mask_ratio {ratio}" for ratio in ("0.4", "0.6", "0.8")},
-    "UM-MAE Swin, secondary masking (UM-MAE, 3.3: better with it)": {
+    "UM-MAE Swin, secondary masking (UM-MAE, 3.2: better with it)": {
         "none": METHODS["UM-MAE Swin"] + " --secondary_ratio 0", "0.25": METHODS["UM-MAE Swin"]},
     "UM-MAE ViT, sampling (UM-MAE, Table 1: the more uniform, the worse; secondary masking makes up for it)": {
         **{kind: METHODS["UM-MAE ViT"] + f" --secondary_ratio 0 --sampling {kind}"
