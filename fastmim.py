@@ -90,9 +90,11 @@ BINS = 9  # orientations in half a turn (FastMIM, 4.1)
 
 
 def hog(imgs, cell):
-    """imgs (B, C, H, W), fp32 -> (B, C*9, H/cell, W/cell): for every cell and channel, how much
-    gradient there is in each orientation, of norm 1 (Dalal & Triggs, 2005, as MaskFeat has it:
-    Sobel filters, no overlapping blocks)."""
+    """imgs (B, C, H, W), fp32 -> (B, C*9, H/cell, W/cell), channels slowest: for every cell and
+    channel, how much gradient there is in each orientation, of norm 1 (Dalal & Triggs, 2005, as
+    MaskFeat has it). Sobel filters gx, left less right, and gy, top less bottom, on images with a
+    reflected border. A pixel adds the strength of its gradient to bin floor(9 * atan2(gx, gy) / pi)
+    mod 9 of its cell; no votes are shared between bins or cells, and there are no blocks."""
     B, C, H, W = imgs.shape
     h, w = H // cell, W // cell
     padded = F.pad(imgs, (1, 1, 1, 1), mode="reflect")  # (B, C, H + 2, W + 2)
@@ -227,14 +229,14 @@ class FastMIM(nn.Module):
         return self.decoder(latent[:, self.encoder.num_prefix :])
 
     def target(self, imgs):
-        """What to predict of each token of the latent, fp32: its HOG cells (B, N, 9*C * cells),
-        bins slowest, or its pixels (B, N, pixels * C), channels fastest."""
+        """What to predict of each token of the latent, fp32: its HOG cells (B, N, C*9 * cells),
+        cells fastest, or its pixels (B, N, pixels * C), channels fastest."""
         imgs = imgs.float()
         if self.cfg.target == "hog":
             with torch.autocast(imgs.device.type, enabled=False):
                 cells = hog(imgs, self.cell)  # (B, C*9, H/cell, W/cell)
-            tokens = F.pixel_unshuffle(cells, self.stride // self.cell)  # (B, 9*C * cells, h, w)
-            return tokens.flatten(2).transpose(1, 2)  # (B, N, 9*C * cells)
+            tokens = F.pixel_unshuffle(cells, self.stride // self.cell)  # (B, C*9 * cells, h, w)
+            return tokens.flatten(2).transpose(1, 2)  # (B, N, C*9 * cells)
 
         patches = layers.patchify(imgs, self.stride)  # (B, N, pixels * C)
         if self.cfg.target == "norm_pixels":
@@ -243,7 +245,8 @@ class FastMIM(nn.Module):
         return patches
 
     def loss(self, pred, target, mask):
-        """Mean squared error over what is hidden, fp32 (FastMIM, 4.1); 0 if nothing is."""
+        """Mean squared error over all hidden parts of the batch, fp32 (FastMIM, 4.1); 0 if none is.
+        Parts of a token are its HOG cells or its pixels; a small mask unit hides some of them."""
         # DIFF: FastMIM's mask units have the size of a token of the last map; where --mask_unit is
         # smaller, the hidden cells or pixels of a token count.
         hidden = layers.expand_mask(mask, self.grid, self.mask_unit // self.part)[:, None]
@@ -251,7 +254,7 @@ class FastMIM(nn.Module):
         num_parts = hidden.shape[2]  # cells or pixels of a token
 
         error = (pred.float() - target).square()  # (B, N, out_width)
-        if self.cfg.target == "hog":  # bins slowest
+        if self.cfg.target == "hog":  # cells fastest
             error = error.unflatten(2, (-1, num_parts)).mean(dim=2)  # (B, N, parts)
         else:  # channels fastest
             error = error.unflatten(2, (num_parts, -1)).mean(dim=3)  # (B, N, parts)

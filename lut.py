@@ -296,8 +296,9 @@ class LUT(nn.Module):
         """noise (B, N) -> ids_keep (V*B, N_keep), ids_restore (V*B, N), mask (V*B, N) bool, True =
         hidden.
 
-        View 1 keeps what comes first in the sorted noise, view 2 what comes next: disjoint places
-        of the grid, though not of the picture, out of which both views are cut independently.
+        View 1 keeps what comes first in the sorted noise, and view 2 what comes next: its list is
+        that of view 1, rolled by N_keep. So places are disjoint on the grid, though not in the
+        picture, out of which both views are cut independently.
         """
         one = noise.argsort(dim=1, stable=True)  # (B, N); stable: alike on CPU and GPU
         two = one.roll(-self.N_keep, dims=1)
@@ -345,7 +346,8 @@ class LUT(nn.Module):
     @torch.no_grad()
     def teach(self, imgs, noise):
         """The teacher's latent of whole images, (V*B, 1 + N, D); or of what --target_mask_ratio
-        leaves of them: patches that the student sees last, if at all (ours)."""
+        leaves of them: patches that the student sees last, if at all (ours), which are those at the
+        end of the sorted noise (B, N), the same in both views."""
         encoder = self.teacher["encoder"]
         if self.N_taught == self.num_patches:
             return encoder(imgs)
@@ -353,7 +355,8 @@ class LUT(nn.Module):
         return self.encode(imgs, ids.repeat(self.num_views, 1), encoder)
 
     def context(self, latent, decoded, ids_restore, taught):
-        """LUT's loss: how far the student's vectors of a view are from the teacher's of the other,
+        """LUT's loss: how far the student's vectors of a view, projected and predicted, are from
+        the teacher's of the other, projected; a mean over views, a sum over what else is compared,
         fp32."""
         loss = 0.0
         for student, teacher in self.pairs(latent, decoded, ids_restore, taught):
@@ -365,7 +368,9 @@ class LUT(nn.Module):
     def pairs(self, latent, decoded, ids_restore, taught):
         """What is compared, view by view because BatchNorm is to see one at a time: [(the student's
         vectors (n, D), the teacher's (n, D))]. Tokens go by their place on the grid, wherever crops
-        and flips put these in the picture."""
+        and flips put these in the picture. --steering says which of the student's: the encoder's of
+        visible places, the decoder's of hidden ones, lifted, or both. The teacher's mean is of
+        all."""
         # The student's tokens and their places, visible ones first
         tokens = latent[:, 1:]  # (V*B, N_keep, D)
         ids_shuffle = ids_restore.argsort(dim=1)  # (V*B, N)
@@ -393,7 +398,8 @@ class LUT(nn.Module):
         return pairs
 
     def distance(self, student, teacher):
-        """Of n vectors (n, D) from the teacher's, on average, fp32."""
+        """Of n vectors (n, D) from the teacher's, on average, fp32: 2 - 2 cos; InfoNCE of cosines /
+        0.2, of which the teacher's vectors are the answers; or smooth L1."""
         student, teacher = student.float(), teacher.float()
         if self.cfg.context_loss == "smooth_l1":  # of vectors that are not normalised
             return F.smooth_l1_loss(student, teacher)
@@ -409,7 +415,7 @@ class LUT(nn.Module):
 
     def update_ema(self, decay):
         """teacher = decay * teacher + (1 - decay) * student, BatchNorm's running averages included
-        (released code)."""
+        (released code). Nothing to do without a teacher."""
         if self.teacher:
             optim.update_ema(self.teacher, self, decay)
 

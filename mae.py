@@ -206,8 +206,7 @@ class MAE(nn.Module):
         return patches
 
     def loss(self, pred, target, mask):
-        """Mean squared error over all hidden patches of the batch, fp32 (MAE, 3); 0 if there is
-        none."""
+        """Mean squared error over all hidden patches, fp32 (MAE, 3); 0 if none is hidden."""
         error = (pred.float() - target).square().mean(dim=2)  # (B, N)
         return (error * mask).sum() / mask.sum().clamp(min=1)
 

@@ -127,8 +127,8 @@ class Encoder(nn.Module):
         return self.encode(self.embed(imgs))
 
     def layer_id(self, name):
-        """Depth of a parameter for layer-wise lr decay (BEiT): 0 ahead of the blocks, i + 1 in
-        block i of all, num_layers + 1 behind them."""
+        """Depth of the parameter of this name for layer-wise lr decay (BEiT): 0 ahead of the
+        blocks, i + 1 in block i, counted over all stages, num_layers + 1 behind them."""
         if name.startswith(self.list_name + "."):
             return self.block_id(name)
         before = name.startswith(("cls_token", "pos_embed", "patch_embed"))
@@ -188,7 +188,8 @@ class ViT(Encoder):
     def encode(self, tokens, coords=None, grid=None, noise=None):
         """tokens (B, N, D), of the whole grid or at `coords` (B, N, 2) -> latent (B, 1 + N, D),
         class token first; `grid` means nothing here. `noise` (B, 2 * num_layers), uniform in
-        [0, 1), is for stochastic depth; None: none."""
+        [0, 1), is for stochastic depth; None: none. ValueError if tokens without coords do not fill
+        the grid."""
         if coords is None and tokens.shape[1] != self.grid[0] * self.grid[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill the grid {self.grid}, and "
                              "there are no coords")
@@ -220,13 +221,15 @@ class ViT(Encoder):
         return [layers.as_map(latent[:, 1:], self.grid)]  # (B, D, h, w)
 
     def block_id(self, name):
+        """layer_id in a block: 4 of blocks.3.attn.qkv.weight."""
         return int(name.split(".")[1]) + 1
 
 
 # ---------------------------------------- Pyramids
 
 class Merging(nn.Module):
-    """2x2 neighbours become a token, (B, h*w, D) -> (B, h/2 * w/2, D'): norm, projection (Swin)."""
+    """2x2 neighbours become a token, (B, h*w, D) -> (B, h/2 * w/2, D'): norm, projection. Of four
+    the left two come first, each from the top (Swin's released code)."""
 
     def __init__(self, width, out_width):
         super().__init__()

@@ -125,14 +125,16 @@ class SimMIM(nn.Module):
         return self.loss(pred, self.target(imgs), mask)
 
     def mask(self, noise):
-        """noise (B, U) of the units -> mask (B, U) bool, True = hidden: ceil(U * ratio) of them."""
+        """noise (B, U) of the units -> mask (B, U) bool, True = hidden: those with the most noise,
+        ceil(U * mask_ratio) of them in exact arithmetic."""
         num_hidden = math.ceil(self.num_units * self.cfg.mask_ratio - 1e-9)  # 10 * 0.3 is 3.000...4
         rank = noise.argsort(dim=1, stable=True).argsort(dim=1)  # (B, U)
         return rank >= self.num_units - num_hidden
 
     def encode(self, imgs, mask, noise=None):
-        """The token takes the place of hidden patches, ahead of any position -> latent (B, N_out,
-        D'). noise (B, 2 * layers): for stochastic depth, or none."""
+        """The token takes the place of hidden patches before positions are added -> latent
+        (B, N_out, D'), a token for each square of out_stride pixels and no class token. noise
+        (B, 2 * layers): for stochastic depth, or none."""
         tokens = self.encoder.embed(imgs)  # (B, N, D)
         size = self.cfg.mask_unit // self.encoder.stride  # of a unit, in tokens
         hidden = layers.expand_mask(mask, self.grid, size).flatten(1)  # (B, N)
@@ -142,8 +144,8 @@ class SimMIM(nn.Module):
         return latent[:, self.encoder.num_prefix :]  # (B, N_out, D')
 
     def decode(self, latent):
-        """A linear layer predicts the square of pixels that a latent token stands for:
-        (B, C, H, W)."""
+        """A linear layer predicts the square of pixels that a token of the latent (B, N_out, D')
+        stands for: channels, then rows, then columns -> (B, C, H, W)."""
         stride = self.encoder.out_stride
         h, w = self.cfg.img_size[0] // stride, self.cfg.img_size[1] // stride
         squares = layers.as_map(self.head(latent), (h, w))  # (B, C*stride*stride, h, w)
@@ -156,7 +158,8 @@ class SimMIM(nn.Module):
         return imgs.float()
 
     def loss(self, pred, target, mask):
-        """Mean absolute error over hidden pixels and channels, fp32 (SimMIM, 3.4)."""
+        """Mean absolute error over all hidden pixels of the batch and their channels, fp32 (SimMIM,
+        3.4); 0 if none is hidden."""
         hidden = layers.expand_mask(mask, self.grid, self.cfg.mask_unit)[:, None]  # (B, 1, H, W)
         error = (pred.float() - target).abs() * hidden  # (B, C, H, W)
         return error.sum() / (hidden.sum() + 1e-5) / pred.shape[1]

@@ -229,7 +229,7 @@ class UMMAE(nn.Module):
         prefix, kept = x[:, :num_prefix], x[:, num_prefix:]
         if self.up > 1:
             h, w = self.grid[0] // (2 * self.up), self.grid[1] // (2 * self.up)
-            kept = F.pixel_shuffle(layers.as_map(kept, (h, w)), self.up)  # (B, decoder_width, h', w')
+            kept = F.pixel_shuffle(layers.as_map(kept, (h, w)), self.up)  # (B, D', h', w')
             kept = kept.flatten(2).transpose(1, 2)  # (B, K, decoder_width)
 
         # DIFF: UM-MAE's released code puts the tokens of a pyramid, which are in the order of

@@ -40,8 +40,8 @@ def unpatchify(patches, p, grid):
 
 
 def patch_statistics(patches):
-    """Mean and std of every patch, each (B, N, 1); unbiased, as in MAE's released code. ValueError
-    if a patch has but one value."""
+    """Mean and std of every patch, each (B, N, 1); the std is the root of the unbiased variance +
+    1e-6 (MAE's released code). ValueError if a patch has but one value."""
     if patches.shape[2] < 2:
         raise ValueError("--target norm_pixels: a patch of one value has no spread; "
                          "pixels takes any")
@@ -61,7 +61,7 @@ def mean_colours(patches, in_chans):
 
 
 def expand_mask(mask, grid, size):
-    """A mask of units (B, h*w), size x size places to a unit: (B, h*size, w*size)."""
+    """A mask of units (B, h*w), each of which becomes size x size places: (B, h*size, w*size)."""
     mask = mask.unflatten(1, grid)  # (B, h, w)
     return mask.repeat_interleave(size, 1).repeat_interleave(size, 2)  # (B, h*size, w*size)
 
@@ -92,8 +92,9 @@ def places(ids, grid):
 
 def sincos_positions(grid, width, num_prefix=1):
     """Fixed 2-D sine-cosine table (1, num_prefix + h*w, D); rows of class tokens are 0 (MAE, A.1).
-    Half of the channels encode the column, then half the row, as in the published weights (MAE's
-    code says "h"): sines, then cosines, of frequencies 10000^(-i / (D/4))."""
+    A quarter of the channels each: sines of the column, its cosines, sines of the row, its cosines,
+    of frequencies 10000^(-i / (D/4)), i from 0 on. (So in the published weights; MAE's code calls
+    the column "h".) ValueError unless 4 divides D."""
     if width % 4:
         raise ValueError(f"a sine-cosine position table needs a width divisible by 4, not {width}")
     exponents = -torch.arange(width // 4, dtype=torch.float64) / (width // 4)  # (D/4,)
@@ -218,7 +219,8 @@ class Attention(nn.Module):
         return self.proj(self.attend(q, k, v, bias).transpose(1, 2).reshape(B, N, D))
 
     def attend(self, q, k, v, bias=None):
-        """Each (B, heads, N, D/heads) -> the same; `bias` broadcastable to (B, heads, N, N)."""
+        """Each (B, heads, N, D/heads) -> the same; `bias`, fp32 and broadcastable to (B, heads, N,
+        N), is added to the logits."""
         # In bf16 on a CPU the fused kernel is slow. (A plan's fake tensors take the GPU's way.)
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and type(q) is torch.Tensor
         if not slow:
@@ -231,8 +233,8 @@ class Attention(nn.Module):
 
 
 class PooledAttention(Attention):
-    """Attention whose keys and values are `reduction` x `reduction` averages of the map, after a
-    linear layer and a norm, which are there for a reduction of 1, too (UM-MAE's released PVT)."""
+    """Attention whose keys and values are `reduction` x `reduction` averages of the map, followed by
+    a linear layer and a norm, which are there for a reduction of 1, too (UM-MAE's released PVT)."""
 
     def __init__(self, width, num_heads, reduction):
         super().__init__(width, num_heads)
@@ -242,7 +244,8 @@ class PooledAttention(Attention):
         self.sr, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-6)
 
     def reduce(self, x, grid):
-        """(B, h*w, D) -> (B, N', D), N' = h*w / reduction^2."""
+        """(B, h*w, D) -> (B, N', D), N' = h/reduction * w/reduction, rounded up; at the end of a
+        map the average is that of the places that there are."""
         if self.reduction > 1:
             pooled = F.avg_pool2d(as_map(x, grid), self.reduction, ceil_mode=True)
             x = pooled.flatten(2).transpose(1, 2)  # (B, N', D)

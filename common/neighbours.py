@@ -65,7 +65,8 @@ def extract(run, encoder, loader, pool="mean"):
 
 def neighbours(bank, labels, queries, K, k=20, temperature=0.07):
     """Scores (n, K) of a weighted k-NN classifier: each of the k features of `bank` (m, D) that are nearest to a query
-    (n, D) by cosine adds exp(cosine / temperature) to its class (Wu et al., 2018; k = 20: Caron et al., 2021)."""
+    (n, D) by cosine adds exp(cosine / temperature) to its class (Wu et al., 2018; k = 20: Caron et al., 2021). A bank
+    of fewer votes as a whole. Features come unnormalised. Queries go in parts, b at a time, so that (n, m) never is."""
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     scores = []
     for part in queries.split(256):

@@ -7,7 +7,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def cosine(step, steps, start, end):
-    """Half a cosine from `start` at step 0 to `end` at `steps` (Loshchilov & Hutter, 2017)."""
+    """Half a cosine from `start` at step 0 to `end` at `steps` (Loshchilov & Hutter, 2017); `start` if `steps` is 0."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
@@ -25,6 +25,7 @@ class Schedule:
             self.warmup_steps = self.steps // 20
 
     def lr(self, step):
+        """The learning rate of a step, counted from 0. Both schedules have the same warm-up."""
         if step < self.warmup_steps:
             return self.peak_lr * step / self.warmup_steps
         # DIFF: SimMIM's released cosine runs from step 0, warm-up included, and drops by a tenth where that ends.
@@ -52,7 +53,8 @@ def parameter_groups(model, weight_decay, lr_scale=lambda name: 1.0):
 
 
 def layer_decay(model, decay):
-    """The `lr_scale` of parameter_groups for a model with an `encoder`: `decay` a layer below the head (BEiT)."""
+    """The `lr_scale` of parameter_groups for a model with an `encoder`: a function of a parameter's name, which gives
+    decay^(num_layers + 1 - layer_id) in the encoder, and 1 elsewhere (BEiT)."""
     def lr_scale(name):
         if not name.startswith("encoder."):
             return 1.0
@@ -79,6 +81,9 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """A matrix w moves by u = gradient + weight_decay * w, times trust * |w| / |u| if neither norm is 0 (in MAE's
+        code; the paper adds the norms of both terms). momentum_buffer, its state, becomes momentum * momentum_buffer
+        + u, and w becomes w - lr * momentum_buffer."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 update = parameter.grad

@@ -10,7 +10,6 @@ from torchvision.models.convnext import CNBlockConfig
 import finetune
 import models
 from common import weights
-from tools.attention_maps import Watch
 
 VIT = ("vit_tiny", (32, 32), 8)
 
@@ -32,17 +31,6 @@ def make_small(monkeypatch):
         return SMALL[name](**options) if name in SMALL else publish(name, weights=weights, **options)
 
     monkeypatch.setattr(torchvision.models, "get_model", get_model)
-
-
-def maps_of(encoder, imgs):
-    """(output of an encoder, {layer: attention maps (B, W, heads, n, m)}, {layer: layout})."""
-    maps, layouts = {}, {}
-
-    def take(layer, found, layout):
-        maps[layer], layouts[layer] = found, layout
-
-    with Watch(encoder, on_maps=take):
-        return encoder(imgs), maps, layouts
 
 
 def read_encoder(path, img_size=(0, 0)):

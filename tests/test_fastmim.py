@@ -70,8 +70,8 @@ def test_hog_by_its_definition(shape, cell):
     assert found.dtype == torch.float32 and torch.equal(fastmim.hog(torch.stack([img, -img]), cell)[1], found[0])
 
 
-def test_hog_says_where_edges_run():
-    """Of a flat image nothing; of one edge all in one bin, whatever its strength; bins turn with the edge."""
+def test_the_bins_of_hog_turn_with_the_gradient():
+    """Of a flat image nothing; of one edge all in one bin, whatever its strength."""
     assert fastmim.hog(torch.full((1, 3, 16, 16), 5.0), 8).abs().max() == 0
     y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
     for k in range(9):
@@ -92,7 +92,7 @@ def test_targets_are_the_same_under_autocast(target):
 
 @pytest.mark.parametrize("kind,C", [("vit", 3), ("swin", 1), ("vit 4 px", 4)])
 def test_a_token_holds_its_own_cells(kind, C):
-    """Bins vary slowest and cells fastest; small tokens get small cells."""
+    """Channels vary slowest, then bins; cells fastest. Small tokens get small cells."""
     model = build(kind, in_chans=C, img_size=(64, 96))
     imgs, _ = batch(model)
     side = model.encoder.out_stride

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from encoders import maps_of, read_encoder
+from encoders import read_encoder
+from maps import maps_of
 from torchvision.models.swin_transformer import SwinTransformer
 
 import models

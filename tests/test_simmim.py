@@ -165,6 +165,18 @@ def test_activation_checkpointing_changes_nothing(kind):
     assert equal(gradients(plain, *batch(plain)), gradients(thrifty, *batch(plain)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_latent_has_a_token_for_every_square(kind):
+    """Of a ViT, too, whose class token is none."""
+    model = build(kind)
+    imgs, noise = batch(model)
+    stride = model.encoder.out_stride
+    squares = (imgs.shape[2] // stride) * (imgs.shape[3] // stride)
+    latent = model.encode(imgs, model.mask(noise[:, : model.num_units]))
+    assert latent.shape == (len(imgs), squares, model.encoder.width)
+    assert model.decode(latent).shape == imgs.shape
+
+
 def test_stochastic_depth_follows_the_noise():
     model = build("vit", drop_path=0.9)
     imgs, noise = batch(model)

@@ -71,7 +71,7 @@ def cut(text, holes, notes=True):
     for node in sorted((known[hole] for hole in holes), key=lambda node: -node.lineno):
         docstring = node.body[0] if body_of(node) is not node.body else None
         first = docstring.end_lineno if docstring else node.body[0].lineno - 1
-        new = [f'raise NotImplementedError("{node.name}")']
+        new = [f'raise NotImplementedError("{node.name}{"" if notes else " is left out of this assignment"}")']
         if notes:
             count = len(solution_lines(text, node))
             new = [*(f"# {shape}" for shape in shapes(text, node)),
@@ -123,9 +123,7 @@ def shaken(text, wanted):
         needed = needed.union(*map(names_in, more))
 
     lines, imports, rest = text.splitlines(), [], []
-    for node in nodes:
-        if node not in kept:
-            continue
+    for node in [node for node in nodes if node in kept]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             node.names = [alias for alias in node.names if (alias.asname or alias.name).partition(".")[0] in needed]
             imports.append(ast.unparse(node))
@@ -136,12 +134,13 @@ def shaken(text, wanted):
 
 
 def write_tests(assignment, names, folder):
-    """Of the project's tests those of these names, with the helpers and published numbers that they need."""
+    """Of the project's tests those of these nodes, with the helpers and published numbers that they need."""
     folder.mkdir()
     needed = set()
     for file in assignment["tests"]:
-        text, more = shaken((ROOT / file).read_text(), names)
-        if any(f"def {name}(" in text for name in names):
+        own = {name.partition("::")[2] for name in names if name.startswith(f"tests/{Path(file).name}::")}
+        if own:
+            text, more = shaken((ROOT / file).read_text(), own)
             (folder / Path(file).name).write_text(text)
             needed |= more
     everything = "".join(path.read_text() for path in folder.iterdir())
@@ -211,7 +210,7 @@ def write_grader(assignment, folder, kinds, note):
 
 def tests_of(assignment, kinds):
     names = [name for question in assignment["questions"] for kind in kinds for name in question.get(kind, [])]
-    return {name.rpartition("::")[2] for name in names}
+    return {node_of(assignment, name) for name in names}
 
 
 def filled(name, assignment):
@@ -221,7 +220,8 @@ def filled(name, assignment):
         functions = ", ".join(f"`{name}`" for name in question.get("holes", []) or filter(None, [question.get("hunt")]))
         rows.append(f"| {question['name']} | {question['points']} | {functions} |")
     oral = "\n".join(f"{i}. **{each['ask']}** {each['answer']}\n" for i, each in enumerate(assignment["oral"], 1))
-    words = {**assignment, "oral": oral, "rows": "\n".join(rows), "files": ", ".join(f"`{name}`" for name in assignment["hand_in"]),
+    files = ", ".join(f"`{name}`" for name in assignment["hand_in"])
+    words = {**assignment, "oral": oral, "rows": "\n".join(rows), "files": files,
              "total": assignment.get("total", sum(each["points"] for each in assignment["questions"])),
              "seconds": SECONDS, **{name: version(name).split("+")[0] for name in ("torch", "torchvision")}}
     task = (ASSIGNMENTS / "tasks" / f"{assignment.get('task', 'holes')}.md").read_text()

@@ -191,7 +191,10 @@ def points(question, report):
     hidden = question.get("hidden", [])
     messages = right["failed"].values()
     if messages and all("NotImplementedError" in message for message in messages):
-        return 0, ["not written yet"]
+        names = set(re.findall(r"NotImplementedError\W*(\w+)", " ".join(messages)))
+        own = {hole.rpartition(".")[2] for holes in question.get("holes", {}).values() for hole in holes}
+        others = ", ".join(sorted(names - own))
+        return 0, [f"not written yet, or in need of {others}, which is not" if others else "not written yet"]
     lines = [friendly(name, message, hidden) for name, message in right["failed"].items()]
     expected = question["runs"][0]["tests"]
     missing = [name for name in expected or [] if name not in right["passed"] and name not in right["failed"]]

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torchvision
 from conftest import equal, log_of
-from encoders import SMALL, make_small, maps_of, read_encoder
+from encoders import SMALL, make_small, read_encoder
+from maps import maps_of
 
 import finetune
 import mae

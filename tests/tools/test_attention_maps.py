@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from encoders import make_small, maps_of
+from encoders import make_small
+from maps import maps_of
 
 import models
 from common import layers
