@@ -56,13 +56,14 @@ def glyphs(cells, bins=9, size=15):
     return torch.stack(drawn).amax(dim=0)[:, None].clamp(max=1)  # (B, 1, h*size, w*size)
 
 
-def grid(path, rows, title=""):
-    """Rows of images, {row title: (B, C, H, W) in [0, 1]}, as a PNG with each row named at its left."""
+def grid(path, rows, title="", columns=(), side=1.15):
+    """Rows of images, {row title: (B, C, H, W) in [0, 1]}, as a PNG with each row named at its left, each of `columns`
+    above it, and images `side` inches wide."""
     if not can_draw():
         return
     first = next(iter(rows.values()))
     count, (H, W) = len(first), first.shape[2:]
-    figure, save = new_figure(1.1 + 1.15 * count, 0.4 + 1.15 * len(rows) * H / W)
+    figure, save = new_figure(1.1 + side * count, 0.4 + side * len(rows) * H / W)
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, imgs) in zip(axes, rows.items(), strict=True):
         for axis, img in zip(line, imgs.float(), strict=True):
@@ -70,5 +71,7 @@ def grid(path, rows, title=""):
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, name in zip(axes[0], columns, strict=False):
+        axis.set_title(name, fontsize=9, parse_math=False)  # a $ is a $
     figure.suptitle(title, fontsize=10)
     save(path)

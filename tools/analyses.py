@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from common.transforms import normalize
 from tools import measures
 from tools.attention_maps import Watch
 
@@ -184,7 +185,7 @@ STREAMED = {  # name: what makes an analysis
 
 
 def gather(networks, batches, analyses):
-    """Show all batches to all networks; `analyses` add up what they see. Networks without attention add no maps."""
+    """Show all batches, uint8, to all networks; `analyses` add up what they see. One without attention adds no maps."""
     of_maps = [analysis for analysis in analyses if analysis.of_maps]
     of_features = [analysis for analysis in analyses if not analysis.of_maps]
     for imgs in batches:
@@ -200,6 +201,6 @@ def gather(networks, batches, analyses):
 
             watch = Watch(network.encoder, take_maps if of_maps else None, take_features if of_features else None)
             with torch.no_grad(), watch:
-                network.encoder(imgs)
+                network.encoder(normalize(imgs, network))
         for analysis in analyses:
             analysis.end_batch()

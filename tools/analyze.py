@@ -94,12 +94,12 @@ def look_at_queries(args, found, about):
     batches.close()
     if imgs is None:
         raise ValueError(f"--data {args.data}: none of {count} images can be read")
-    record, shown = snapshots.attention(found, imgs, args.queries, args.layer)
+    record = snapshots.attention(found, imgs, args.queries, args.layer)
     paths = {name: f"attention_{i + 1}.png" for i, name in enumerate(record["maps"])}
     save(args, "attention", {**record, "figures": list(paths.values()) * figures.can_draw()}, **about)
     if figures.can_draw():
         for name, path in paths.items():
-            analysis_figures.attention(args.out / path, record, name, shown)
+            analysis_figures.attention(args.out / path, record, name, imgs.cpu() / 255)
 
 
 # ---------------------------------------- What does not

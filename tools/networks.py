@@ -15,10 +15,13 @@ from common.randomness import seed_of
 
 @dataclasses.dataclass
 class Network:
-    """An encoder in eval mode. Networks of one name are the seeds of one row."""
+    """An encoder in eval mode. Networks of one name are the seeds of one row. `mean` and `std` are those of the images
+    that it was made for, for transforms.normalize; empty for the usual ones."""
     name: str
     source: str  # a file, torchvision:NAME or random
     encoder: torch.nn.Module
+    mean: list = ()
+    std: list = ()
 
 
 def named(word):
@@ -44,18 +47,21 @@ def open_networks(words, img_size, seed, device="cpu"):
 
     networks = []
     for name, source, _ in entries:
+        mean, std = (), ()
         if source == "random":
             if not networks:
                 raise ValueError("random is the first checkpoint's network with random weights: name another one first")
             nth = sum(network.source == "random" for network in networks)
             encoder = with_seed(networks[0].encoder.arch, seed_of(seed, "random", nth))
+            mean, std = networks[0].mean, networks[0].std
         elif source.startswith("torchvision:"):
             encoder, name = torchvision_encoder(source, size, in_chans, seed, name)
         else:
             encoder = models.from_arch(saved[source]["arch"], img_size=size,
                                        final_norm=not weights.lost_its_norm(saved[source]))
             weights.load_encoder(encoder, saved[source], source)
-        networks.append(Network(name, source, encoder.eval().requires_grad_(False).to(device)))
+            mean, std = weights.statistics_of(saved[source])
+        networks.append(Network(name, source, encoder.eval().requires_grad_(False).to(device), mean, std))
     return networks
 
 
@@ -86,15 +92,15 @@ def torchvision_encoder(source, size, in_chans, seed, name):
     model = source.removeprefix("torchvision:")
     path = weights.published_file(model)
     if path.exists():
-        weights.load_published(encoder, model, download=False)
+        weights.load_published(encoder, model, config.RunConfig())  # which does not download
         return encoder, name
     config.print_once(f"{source} has random weights here: torchvision's are not at {path}, and nothing is downloaded")
     return encoder, f"{name} (random weights)"
 
 
 def image_batches(args, encoder):
-    """Normalised batches (B, C, H, W) of --images images of --data in random order, with a progress bar. ValueError or
-    OSError if there are none."""
+    """(how many, batches uint8 (B, C, H, W)) of --images images of --data in random order, with a progress bar.
+    ValueError or OSError if there are none."""
     H, W = encoder.arch["img_size"]
     source = data.open_source(args.data, args.split, encoder.arch["in_chans"])
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(args.seed))
@@ -107,6 +113,6 @@ def image_batches(args, encoder):
     def batches():
         bar = tqdm(data.loader(dataset, lists), total=len(lists), unit="batch", disable=None)
         for imgs, _, _ in bar:
-            yield transforms.normalize(imgs.to(args.device))
+            yield imgs.to(args.device)
 
     return len(indices), batches()

@@ -1,7 +1,13 @@
-"""The class that a classifier gives to image files, and a picture of the classes that it confuses.
+"""What a network makes of image files: a reconstruction, the class and how sure it is, or where it looks.
 
-    python -m tools.show a.png b.png --init runs/finetune/encoder.pt    # class and confidence of each file
+    python -m tools.show a.jpg b.png --init runs/mae/last.pt --out show.png            # masked, and reconstructed
+    python -m tools.show a.jpg b.png --init runs/mae/last.pt --mask_ratio 0.5 --mask block --seed 1 --out show.png
+    python -m tools.show a.jpg b.png --init runs/finetune/encoder.pt --out show.png    # class and confidence of each
+    python -m tools.show a.jpg b.png --init runs/mae/encoder.pt --attention --out show.png
     python -m tools.show --confusion runs/finetune/result.json          # draws runs/finetune/pictures/confusion.png
+
+Any size of image will do: each is resized and cropped to its centre, as in evaluation. load("runs/mae/last.pt") is the
+model of any of the five methods, for notebooks.
 """
 
 import argparse
@@ -18,31 +24,96 @@ import finetune
 from common import config, engine, figures
 from common.images import decode, shared_range
 from common.transforms import CentreCrop, normalize
+from tools import analysis_figures, networks, reconstructions, snapshots
+from tools.analyze import pairs
+from tools.attention_maps import attentions_of
+from tools.reconstructions import MASKING, SCRIPTS, load
 
-# Of finetune.py: how its images, and published weights, are to be taken
+# Options of finetune.py: how its images, and published weights, are to be taken
 OPTIONS = ("img_size", "init_size", "num_heads", "weights", "class_names", "mean", "std", "value_range", "pool",
            "device")
+# What each kind of picture takes, beside --out
+TAKES = {"a reconstruction": (*MASKING, "seed", "value_range"), "a classifier": OPTIONS,
+         "--attention": ("layer", "queries", "img_size", "value_range")}
+SIDE = 2.0  # inches of an image
+
+
+def read(paths, img_size, in_chans, value_range=()):
+    """Image files as a batch uint8 (B, C, H, W), cropped as in evaluation. ValueError or OSError for what is none."""
+    crop = CentreCrop(img_size, v2.InterpolationMode.BICUBIC)
+    value_range = value_range or shared_range(paths, "these images")
+    return torch.stack([crop(decode(path, in_chans, value_range=value_range)) for path in paths])
+
+
+def names_of(paths):
+    """Short names of files, as titles above their images."""
+    names = [config.printable(Path(path).name) for path in paths]
+    return [name if len(name) <= 24 else name[:10] + "..." + name[-11:] for name in names]
+
+
+# ---------------------------------------- Three kinds of pictures
+
+def reconstruct(paths, init, out, seed=0, value_range=(), **changes):
+    """Draw what the model in a last.pt predicts of image files. ValueError or OSError, in one line."""
+    model = load(init, **changes)
+    cfg = model.cfg
+    imgs = read(paths, cfg.img_size, cfg.in_chans, value_range or cfg.value_range)
+    rows, title = reconstructions.reconstruction(model, normalize(imgs, cfg), seed)
+    config.print_once(title)
+    draw(out, rows, title, names_of(paths))
 
 
 @torch.no_grad()
-def predict(images, **options):
-    """Print the class of each image file, and how sure the classifier is, which is built from `options` of finetune.py.
-    ValueError or OSError if there is none, if a file is no image, or if the outputs are not finite."""
-    cfg, saved = finetune.resolve(finetune.Config(eval=True, data="none", **options))
+def predict(paths, init, out=None, **options):
+    """Print the class of each image file, and how sure the classifier is, which is built from `options` of finetune.py;
+    draw it if there is an `out`. ValueError or OSError if there is none, if a file is no image, or if the outputs are
+    not finite."""
+    cfg, saved = finetune.resolve(finetune.Config(eval=True, data="none", init=init, **options))
     run = engine.Run(cfg)
     classes = saved["classifier"]["classes"]
     model = finetune.build_classifier(cfg, saved, classes).to(run.device).eval()
-    crop = CentreCrop(cfg.img_size, v2.InterpolationMode.BICUBIC)
-    value_range = cfg.value_range or shared_range(images, "these images")
-    for path in images:
-        image = crop(decode(path, cfg.in_chans, value_range=value_range))  # (C, H, W)
+    imgs, titles = read(paths, cfg.img_size, cfg.in_chans, cfg.value_range), []
+    for path, name, image in zip(paths, names_of(paths), imgs, strict=True):
         with run.autocast():
             logits = model(normalize(image[None].to(run.device), cfg))  # (1, K)
         share, best = logits[0].float().softmax(dim=0).max(dim=0)
         if not share.isfinite():
             raise ValueError(f"{path}: the classifier's outputs are not finite")
-        config.print_once(f"{config.printable(path)}: {config.printable(classes[best])} {100 * share:.1f} %")
+        answer = f"{config.printable(classes[best])} {100 * share:.1f} %"
+        config.print_once(f"{config.printable(path)}: {answer}")
+        titles.append(f"{name}\n{answer}")
+    if out:
+        draw(out, {"": imgs / 255}, "", titles)
 
+
+def attend(paths, init, out, layer=0, queries=(), img_size=(0, 0), value_range=()):
+    """Draw where chosen patches of image files look, in the encoder of any checkpoint. ValueError or OSError, in one
+    line, also if it has no attention."""
+    if reconstructions.is_run(init):
+        model = load(init)
+        if any(img_size) and tuple(img_size) != model.cfg.img_size:
+            h, w = model.cfg.img_size
+            raise ValueError(f"--img_size: {init} is for images of {h}x{w}; the encoder.pt beside it takes others")
+        network = networks.Network(Path(init).name, init, model.encoder, model.cfg.mean, model.cfg.std)
+    else:
+        [network] = networks.open_networks([init], img_size, seed=0)
+    if not attentions_of(network.encoder):
+        raise ValueError(f"{init}: no attention whose maps could be shown")
+    arch = network.encoder.arch
+    imgs = read(paths, arch["img_size"], arch["in_chans"], value_range)
+    record = snapshots.attention([network], imgs, list(queries), layer)
+    if figures.can_draw():
+        analysis_figures.attention(out, record, network.name, imgs / 255)
+        print(f"drawn: {out}")
+
+
+def draw(out, rows, title, columns):
+    figures.grid(out, rows, title, columns, SIDE)
+    if figures.can_draw():
+        print(f"drawn: {out}")
+
+
+# ---------------------------------------- What a classifier confuses
 
 def read_confusion(path):
     """(counts[true][predicted], classes) of a result.json. ValueError or OSError if it holds none."""
@@ -76,23 +147,53 @@ def draw_confusion(path, counts, classes):
     save(path)
 
 
-def main(argv=None):
+# ---------------------------------------- Command line
+
+def parse(words):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
-    parser.add_argument("--init", help="encoder.pt of finetune.py, or published weights with a classifier")
-    kinds = typing.get_type_hints(finetune.Config)
-    for name in OPTIONS:
-        kind = functools.partial(config.parse_value, name, kinds[name])
-        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help="as in finetune.py")
+    parser.add_argument("--init", help="last.pt of a method, encoder.pt of finetune.py, or published weights")
+    parser.add_argument("--out", type=Path, help="the picture; show.png, but that a class alone is printed")
+    parser.add_argument("--attention", action="store_true", help="draw where patches look, in any encoder")
+    later = {"default": argparse.SUPPRESS}
+    parser.add_argument("--seed", type=int, help="of the mask", **later)
+    parser.add_argument("--layer", type=int, help="attention layer, from 1 on; 0 for the last", **later)
+    parser.add_argument("--queries", type=pairs, metavar="ROW,COLUMN", help='patches, in pixels, as "20,20 44,32"',
+                        **later)
+    options = {name: script.Config for script in reversed(SCRIPTS.values()) for name in MASKING
+               if hasattr(script.Config, name)}
+    options |= dict.fromkeys(OPTIONS, finetune.Config)
+    for name, config_class in options.items():
+        kind = functools.partial(config.parse_value, name, typing.get_type_hints(config_class)[name])
+        script = Path(sys.modules[config_class.__module__].__file__).name
+        parser.add_argument(f"--{name}", type=kind, help=f"as in {script}", **later)
     parser.add_argument("--confusion", metavar="RESULT", help="result.json of finetune.py")
-    args = parser.parse_args(config.join_values(sys.argv[1:] if argv is None else argv))
-    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    return parser.parse_args(config.join_values(words))
 
+
+def show(args):
+    """Draw, or print, what the words ask for. ValueError or OSError, in one line."""
+    kind, act, out = "a classifier", predict, args.out
+    if args.attention:
+        kind, act = "--attention", attend
+    elif reconstructions.is_run(args.init):
+        kind, act = "a reconstruction", reconstruct
+    if kind != "a classifier":
+        out = out or Path("show.png")
+    fixed = ("images", "init", "out", "attention", "confusion")
+    options = {name: value for name, value in vars(args).items() if name not in fixed}
+    if wrong := options.keys() - set(TAKES[kind]):
+        raise ValueError(f"--{min(wrong)} is nothing that {kind} ({args.init}) takes")
+    act(args.images, init=args.init, out=out, **options)
+
+
+def main(argv=None):
+    args = parse(sys.argv[1:] if argv is None else argv)
     if bool(args.images) != bool(args.init) or bool(args.images) == bool(args.confusion):
         config.fail("give image files and --init, or --confusion and a result.json; --help shows how")
     with config.user_errors():
         if args.images:
-            return predict(args.images, init=args.init, **options)
+            return show(args)
         confusion = read_confusion(args.confusion)
         if figures.can_draw():
             path = Path(args.confusion).parent / "pictures" / "confusion.png"

@@ -73,8 +73,8 @@ def raster_of(maps, layout, window, size):
 
 
 def attention_of(network, imgs, queries, layer):
-    """{(image, query): maps (heads, rows, columns)} of an attention layer, -1 for the last, and how many layers there
-    are. queries [(row, column)] in pixels: each is the token whose centre is nearest."""
+    """{(image, query): maps (heads, rows, columns)} of an attention layer, -1 for the last, for imgs uint8 (B, C, H,
+    W). queries [(row, column)] in pixels: each is the token whose centre is nearest."""
     size, found = network.encoder.arch["img_size"], {}
     count = len(attentions_of(network.encoder))
     if not -count <= layer < count:
@@ -92,13 +92,13 @@ def attention_of(network, imgs, queries, layer):
                 found[i, q] = raster_of(maps[i, window, :, token], layout, window, size)
 
     with torch.no_grad(), Watch(network.encoder, on_maps=take):
-        network.encoder(imgs)
+        network.encoder(transforms.normalize(imgs, network))
     return found
 
 
 def attention(networks, imgs, queries, layer):
-    """LUT, Figure 1: where chosen patches look, head by head, in the first seed of every network. `layer` 0 is the
-    last."""
+    """LUT, Figure 1: where chosen patches look, head by head, in the first seed of every network, for imgs uint8 (B, C,
+    H, W). `layer` 0 is the last. ValueError for a layer or queries that there are not."""
     size = networks[0].encoder.arch["img_size"]
     queries = queries or [(size[0] / 2, size[1] / 2), (size[0] / 8, size[1] / 8)]
     if any(not 0 <= n < side for query in queries for n, side in zip(query, size, strict=True)):
@@ -108,8 +108,7 @@ def attention(networks, imgs, queries, layer):
         if network.name not in maps:
             found = attention_of(network, imgs, queries, layer - 1)
             maps[network.name] = [[rounded(found[i, q]) for q in range(len(queries))] for i in range(len(imgs))]
-    shown = transforms.denormalize(imgs).cpu()  # (B, C, H, W)
-    return {"results": {}, "queries": queries, "layer": layer or "last", "maps": maps}, shown
+    return {"results": {}, "queries": queries, "layer": layer or "last", "maps": maps}
 
 
 # ---------------------------------------- Masks

@@ -7,12 +7,14 @@ import types
 
 import pytest
 import torch
+import torchvision
 from conftest import paint
 from encoders import make_small
 
 import models
-from common import checkpoint, config
-from tools import analyses, analyze, networks, tables
+from common import checkpoint, config, transforms, weights
+from tools import analyses, analyze, measures, networks, tables
+from tools.attention_maps import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -135,10 +137,43 @@ def test_memory_does_not_grow_with_images(encoders):
     sizes = []
     for count in (3, 12):
         streamed = [make() for make in analyses.STREAMED.values()]
-        batches = (torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(count))
+        draw = torch.Generator().manual_seed(count)
+        batches = (torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8, generator=draw) for _ in range(count))
         analyses.gather(found, batches, streamed)
         sizes.append(sum(len(pickle.dumps(vars(analysis))) for analysis in streamed))
     assert abs(sizes[1] - sizes[0]) < 0.01 * sizes[0]
+
+
+def test_images_are_normalised_as_each_network_is_used_to(call, encoders, folder, tmp_path):
+    """Statistics in a file say how: with others it is another network, and the random one goes by the first."""
+    saved = torch.load(encoders["vit"])
+    torch.save({**saved, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}, tmp_path / "own.pt")
+    found = networks.open_networks([str(tmp_path / "own.pt"), "random", str(encoders["other"])], (0, 0), 0)
+    assert [network.mean for network in found] == [[0.1, 0.2, 0.3]] * 2 + [[0.485, 0.456, 0.406]]
+    imgs = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
+    rank = analyses.STREAMED["spectrum"]()
+    analyses.gather(found[:1], [imgs], [rank])
+    with torch.no_grad():
+        normalised = (imgs / 255 - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / \
+            torch.tensor([0.5, 0.6, 0.7])[:, None, None]
+        features = measures.Covariance()
+        with Watch(found[0].encoder, on_features=lambda layer, maps: layer == 3 and features.add(maps.mean((2, 3)))):
+            found[0].encoder(normalised)
+    torch.testing.assert_close(rank.covariances[0, 3].spectrum(), features.spectrum())
+
+
+def test_torchvisions_weights_on_this_machine_are_taken(tmp_path, monkeypatch):
+    """As torchvision would have fetched them: of a ResNet here, under the name of its best weights."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    published = torchvision.models.resnet18()
+    path = weights.published_file("resnet18")
+    path.parent.mkdir(parents=True)
+    torch.save(published.state_dict(), path)
+    [network] = networks.open_networks(["torchvision:resnet18"], (64, 64), 0)
+    assert network.name == "torchvision:resnet18" and network.mean == ()
+    own = dict(network.encoder.named_parameters())
+    assert any(tensor.shape == published.conv1.weight.shape and torch.equal(tensor, published.conv1.weight)
+               for tensor in own.values())
 
 
 # One by one
@@ -156,7 +191,7 @@ def test_attention_of_chosen_patches(call, encoders, folder, tmp_path):
     encoder = models.load(str(encoders["vit"]))
     [network] = networks.open_networks([str(encoders["vit"])], (0, 0), 0)
     args = types.SimpleNamespace(data=str(folder), split="val", images=1, batch_size=1, seed=0, device="cpu")
-    imgs = next(networks.image_batches(args, network.encoder)[1])
+    imgs = transforms.normalize(next(networks.image_batches(args, network.encoder)[1]))
     q = torch.nn.functional.layer_norm
     with torch.no_grad():
         x = torch.cat([encoder.cls_token, encoder.embed(imgs) + encoder.pos_embed[:, 1:]], dim=1)
