@@ -105,6 +105,9 @@ def reconstruction(model, imgs, seed=0):
 
     cfg = model.cfg
     method = script.__doc__.partition(":")[0]
-    options = ", ".join(f"{name} {getattr(cfg, name)}" for name in MASKING if hasattr(cfg, name))
+    options = {name: getattr(cfg, name) for name in MASKING if hasattr(cfg, name)}
+    if "mask_unit" in options:  # 0 stands for a token
+        options["mask_unit"] = imgs.shape[-1] // model.grid[1]
+    options = ", ".join(f"{name} {value}" for name, value in options.items())
     terms = "".join(f"\n{name} {term.item():.4f}" for name, term in getattr(model, "terms", {}).items())
     return rows, f"{method}, {cfg.model}\n{options}\nloss {loss:.4f} (target {cfg.target}){terms}"

@@ -35,7 +35,7 @@ OPTIONS = ("img_size", "init_size", "num_heads", "weights", "class_names", "mean
 # What each kind of picture takes, beside --out
 TAKES = {"a reconstruction": (*MASKING, "seed", "value_range"), "a classifier": OPTIONS,
          "--attention": ("layer", "queries", "img_size", "value_range")}
-SIDE = 2.0  # inches of an image
+SIDE, LARGE = 2.0, 3.5  # inches of an image, and of one that is drawn in strokes
 
 
 def read(paths, img_size, in_chans, value_range=()):
@@ -60,7 +60,7 @@ def reconstruct(paths, init, out, seed=0, value_range=(), **changes):
     imgs = read(paths, cfg.img_size, cfg.in_chans, value_range or cfg.value_range)
     rows, title = reconstructions.reconstruction(model, normalize(imgs, cfg), seed)
     config.print_once(title)
-    draw(out, rows, title, names_of(paths))
+    draw(out, rows, title, names_of(paths), LARGE if cfg.target == "hog" else SIDE)
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def attend(paths, init, out, layer=0, queries=(), img_size=(0, 0), value_range=(
         if any(img_size) and tuple(img_size) != model.cfg.img_size:
             h, w = model.cfg.img_size
             raise ValueError(f"--img_size: {init} is for images of {h}x{w}; the encoder.pt beside it takes others")
-        network = networks.Network(Path(init).name, init, model.encoder, model.cfg.mean, model.cfg.std)
+        network = networks.Network(networks.named(init)[0], init, model.encoder, model.cfg.mean, model.cfg.std)
     else:
         [network] = networks.open_networks([init], img_size, seed=0)
     if not attentions_of(network.encoder):
@@ -107,8 +107,8 @@ def attend(paths, init, out, layer=0, queries=(), img_size=(0, 0), value_range=(
         print(f"drawn: {out}")
 
 
-def draw(out, rows, title, columns):
-    figures.grid(out, rows, title, columns, SIDE)
+def draw(out, rows, title, columns, side=SIDE):
+    figures.grid(out, rows, title, columns, side)
     if figures.can_draw():
         print(f"drawn: {out}")
 
