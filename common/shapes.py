@@ -95,7 +95,7 @@ def blend(canvas, colour, cover):
 
 
 def scenes(u, labels, dense):
-    """(image, mask, depth) of a few scenes; u (n, KEYS) their random numbers, taken in turn."""
+    """(image, mask, depth, keypoints) of a few scenes; u (n, KEYS) their random numbers, taken in turn."""
     numbers = iter(u.T[:, :, None])
 
     def draw(lo, hi):
@@ -122,7 +122,8 @@ def scenes(u, labels, dense):
     # shape: 2 rotations of +-20 degrees cover 0.1763 = tan 10; 1.2 m over its radius is its distance
     radius = draw(0.30, 0.40)
     z = 1.2 / radius
-    u, v = turned(draw(28, 36), draw(28, 36), draw(-0.1763, 0.1763), 65536 / (6 * SIDE * radius))
+    cx, cy, t = draw(28, 36), draw(28, 36), draw(-0.1763, 0.1763)
+    u, v = turned(cx, cy, t, 65536 / (6 * SIDE * radius))
     cover = look_up(stencils(), labels, u, v, 8)
     bright = colours(150, 255)
     surface = textured(bright, bright * draw(0.65, 0.9)[:, :, None, None])
@@ -143,12 +144,17 @@ def scenes(u, labels, dense):
     mask = cover >= 64  # (n, 64, 64)
     if dense:
         np.copyto(depth, z.astype(np.float32)[:, :, None], where=mask)
-    return image, mask, depth
+
+    # The tip is a radius above the centre, along the axis that turns with the shape.
+    up, right = SIDE * radius * (1 - t * t) / (1 + t * t), SIDE * radius * 2 * t / (1 + t * t)
+    keypoints = np.stack([np.hstack([cy, cx]), np.hstack([cy - up, cx + right])], axis=1)  # (n, 2, 2)
+    return image, mask, depth, keypoints
 
 
 def shapes_batch(seed, indices, dense=True):
     """Scenes number `indices` (in any order): image uint8 (n, 64, 64, 3), label int64 (n,) = index % 10, and, if
-    `dense`, mask bool (n, 64, 64), the visible pixels of the shape, and depth float32 (n, 64, 64) in metres.
+    `dense`, mask bool (n, 64, 64), the visible pixels of the shape, depth float32 (n, 64, 64) in metres, and keypoints
+    float32 (n, 2, 2), (row, column) in pixels of the shape's centre and of its tip, a radius above it along its axis.
 
     Only the outline knows the class. On means and standard deviations of channels, 3 x 8-bin histograms and the mask's
     area, of 5,000 images, logistic regression is right about 9.8 % of 2,000 others, 20 nearest neighbours 10.4 %."""
@@ -156,11 +162,12 @@ def shapes_batch(seed, indices, dense=True):
     labels, n = indices % len(SHAPES), len(indices)
     image = np.empty((n, 3, SIDE, SIDE), np.uint8)
     mask, depth = np.empty((n, SIDE, SIDE), bool), np.empty((n, SIDE, SIDE), np.float32)
+    keypoints = np.empty((n, 2, 2), np.float32)
     for i in range(0, n, 32):  # few enough for the processor's cache
         part = slice(i, i + 32)
         made = scenes(uniforms(seed, indices[part]), labels[part], dense)
         image[part] = made[0]
         if dense:
-            mask[part], depth[part] = made[1:]
+            mask[part], depth[part], keypoints[part] = made[1:]
     out = {"image": image.transpose(0, 2, 3, 1), "label": labels}  # (n, 64, 64, 3)
-    return out | {"mask": mask, "depth": depth} if dense else out
+    return out | {"mask": mask, "depth": depth, "keypoints": keypoints} if dense else out

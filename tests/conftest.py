@@ -185,7 +185,8 @@ def made_up(monkeypatch, tmp_path):
         def start(self):
             out = self.job.out
             top1 = 40 if "scratch" in str(out) else 50
-            (out / "result.json").write_text(json.dumps({"top1": top1, "miou": 30 + top1, "rmse": top1 / 40}))
+            (out / "result.json").write_text(json.dumps({"top1": top1, "miou": 30 + top1, "rmse": top1 / 40,
+                                                                "pck": 20 + top1}))
             (out / "config.yaml").write_text(f"run: {{commit: '{commit}'}}")
             (out / "log.jsonl").write_text('{"step": 100, "loss": 2.0}\n{"step": 1250, "loss": 1.0}\n')
             (out / "pictures").mkdir(exist_ok=True)

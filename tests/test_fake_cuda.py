@@ -267,7 +267,7 @@ def test_neighbours_and_evaluation(monkeypatch):
     assert not watch.mixed and not watch.waits
 
 
-@pytest.mark.parametrize("task", ["segment", "depth"])
+@pytest.mark.parametrize("task", ["segment", "depth", "keypoints"])
 @pytest.mark.parametrize("model", ["vit_tiny", "swin_tiny"])
 def test_dense(task, model):
     with fake_gpu(shapes=ShapeEnv()) as watch:
@@ -275,7 +275,8 @@ def test_dense(task, model):
         run = engine.Run(cfg)
         net = dense.build_dense(cfg, None, list("abc")).to(run.device)
         imgs = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-        labels = torch.zeros(2, 64, 64, dtype=torch.uint8 if task == "segment" else torch.float32)
+        shape = (2, 2, 64, 64) if task == "keypoints" else (2, 64, 64)
+        labels = torch.zeros(shape, dtype=torch.uint8 if task == "segment" else torch.float32)
         with watch:
             on_gpu = transforms.normalize(imgs.to(GPU, non_blocking=True))
             with run.autocast():

@@ -1,14 +1,14 @@
-r"""Dense prediction: what a pre-trained encoder knows about every pixel: its class, or its depth.
+r"""Dense prediction: what a pre-trained encoder knows about every pixel: its class, its depth, or if it is a keypoint.
 
     encoder.pt --> encoder --maps--> norm, 1x1, enlarge, add --> 3x3 --> enlarge --> 1x1 --> (B, K, H, W)
                                      (four maps of a pyramid, one of a ViT)
 
 The head is light, so that the encoder is what counts, frozen (`--freeze`) or fine-tuned. Set-up and step are those of
 finetune.py; labels are maps (dense_data.py says how they lie in a folder), and scores are mean intersection over union,
-or root mean squared and relative error.
+root mean squared and relative error, or the share of keypoints that are found.
 
 Papers: Li et al., Uniform Masking, arXiv 2205.10063, 4 (segmentation); Xie et al., Revealing the Dark Secrets of Masked
-Image Modeling (SECRETS), arXiv 2205.13543, 4.2 (depth, where it beats supervised pre-training).
+Image Modeling (SECRETS), arXiv 2205.13543, 4.2 (depth and pose, where it beats supervised pre-training).
 
     CPU     python -m tools.dense --config configs/dense_tiny.yaml --init runs/mae/encoder.pt --out runs/segment
     1 GPU   python -m tools.dense --config configs/dense_segment_vit_b.yaml --init runs/um_mae_vit_b/encoder.pt \
@@ -39,7 +39,7 @@ class Config(config.RunConfig):
     """Segmentation with ViT-B as UM-MAE fine-tunes it on ADE20K, but for the head and the schedule."""
     # The method
     # DIFF: a light head and a cosine schedule; UM-MAE and MAE have UperNet, UM-MAE and SECRETS a polynomial schedule.
-    task: str = "segment"  # segment: a class for every pixel; depth: metres
+    task: str = "segment"  # segment: a class for every pixel; depth: metres; keypoints: heat maps of a shape's two
     init: str = "none"  # encoder.pt of any run, or published weights; none for random weights
     init_size: config.Size = (0, 0)  # of the images that published weights were made for, where they do not tell
     num_heads: int = 0  # of published weights of a ViT, where they do not tell; 0 as is usual for its size

@@ -25,22 +25,24 @@ from common.config import print_once, printable
 from common.folder import require_regular
 from common.shapes import SHAPES, shapes_batch
 from common.transforms import augmentation, with_defaults
-from tools.dense_tasks import UNKNOWN
+from tools.dense_tasks import UNKNOWN, heat_maps
 
 
 class DenseShapes(data.Memory):
     """The embedded data. Segment: 0 for ground and bars, 1 to 10 for the visible part of a shape, by its class. Depth:
-    metres. `pick` as in data.open_source."""
+    metres. Keypoints: heat maps (2, 64, 64) of a shape's centre and tip. `pick` as in data.open_source."""
 
     def __init__(self, split, task, in_chans=3, pick=None):
         made = shapes_batch(0, data.shapes_numbers(split, pick))
         super().__init__(made["image"].transpose(0, 3, 1, 2), made["label"], ["ground", *SHAPES], in_chans)
         shape = made["mask"] * (1 + made["label"]).astype(np.uint8)[:, None, None]  # (n, 64, 64)
-        self.maps = torch.from_numpy(shape if task == "segment" else made["depth"])  # (n, 64, 64)
+        self.task, found = task, {"segment": shape, "depth": made["depth"], "keypoints": made["keypoints"]}
+        self.truth = torch.from_numpy(found[task])  # (n, 64, 64), or (n, 2, 2)
 
     def load(self, i):
         image, label = super().load(i)
-        return (tv_tensors.Image(image), tv_tensors.Mask(self.maps[i])), label
+        truth = heat_maps(self.truth[i], image.shape[1:]) if self.task == "keypoints" else self.truth[i]
+        return (tv_tensors.Image(image), tv_tensors.Mask(truth)), label
 
 
 def class_map(text):
@@ -158,12 +160,15 @@ def read_classes(path):
 
 
 def dense_set(cfg, split):
-    """A split of --data whose batches are [imgs uint8 (B, C, H, W), labels (B, H, W)]; train is cut to --labels images
-    and augmented, others are resized to --img_size. ValueError or OSError on what does not fit."""
+    """A split of --data whose batches are [imgs uint8 (B, C, H, W), labels (B, H, W) or heat maps (B, K, H, W)]; train
+    is cut to --labels images and augmented, others are resized to --img_size. ValueError or OSError on what does not
+    fit."""
     train = split == "train"
     pick = functools.partial(data.balanced, n=cfg.labels, seed=cfg.seed) if cfg.labels and train else None
     if cfg.data == "shapes":
         source = DenseShapes(split, cfg.task, cfg.in_chans, pick)
+    elif cfg.task == "keypoints":
+        raise ValueError(f"--data {cfg.data}: --task keypoints is for shapes, which knows where they are")
     else:
         source = DenseFolder(cfg.data, split, cfg.task, cfg.in_chans, cfg.depth_scale, pick, cfg.unknown,
                              class_map(cfg.class_map), cfg.value_range)

@@ -1,6 +1,7 @@
 """What dense.py predicts for every pixel: the loss, the scores, the evaluation, and what a prediction looks like.
 
-`output` (B, K, H, W) fp32 is what the head makes, `label` (B, H, W) what dense_data.py gives, `pred` (B, H, W) like it.
+`output` (B, K, H, W) fp32 is what the head makes, `label` (B, H, W) what dense_data.py gives, `pred` (B, H, W) like it;
+of keypoints both are (B, K, H, W).
 `loss` is the mean over the known pixels of each image, whatever else is in its batch. Tallies add up, over batches and
 processes, to what `scores` needs.
 """
@@ -91,7 +92,57 @@ class Depth:
         return (label / self.max_depth).clamp(0, 1)[:, None]  # (B, 1, H, W)
 
 
-TASKS = {"segment": Segment, "depth": Depth}
+NEAR, SIGMA = 1 / 32, 2.0  # of the longer side: a keypoint so near is found; pixels, width of a heat map (ours)
+
+
+def heat_maps(points, size):
+    """Points (K, 2), (row, column) in pixels -> float32 (K, H, W): 1 there, and exp(-d^2 / (2 SIGMA^2)) at distance d,
+    at the centres of pixels."""
+    row, column = torch.arange(size[0])[:, None] + 0.5, torch.arange(size[1]) + 0.5  # (H, 1), (W,)
+    squared = (row - points[:, 0, None, None]).square() + (column - points[:, 1, None, None]).square()  # (K, H, W)
+    return torch.exp(-squared / (2 * SIGMA**2))
+
+
+class Keypoints:
+    """A heat map for each keypoint: squared error (Xiao et al., arXiv 1804.06208) as a share of what 0 would cost.
+    A keypoint is where its map is highest. PCK: per cent of keypoints that are found, up to NEAR of the longer side
+    away. One whose true map stays below 1/2 was cropped away, and does not count."""
+
+    names = ("centre", "tip")
+
+    def __init__(self, classes, max_depth):
+        self.about, self.channels, self.counts = f"keypoints: {', '.join(self.names)}", len(self.names), 2 * 2
+
+    def loss(self, output, label):
+        error, size = (output - label).square(), label.square()  # each (B, K, H, W)
+        return error.sum(dim=(1, 2, 3)) / size.sum(dim=(1, 2, 3)).clamp(min=1)
+
+    def predict(self, output):
+        return output  # (B, K, H, W)
+
+    def peaks(self, maps):
+        """(row, column) of the highest pixel of each map (B, K, H, W), as floats (B, K, 2)."""
+        place = maps.flatten(2).argmax(dim=2)  # (B, K)
+        return torch.stack([place // maps.shape[3], place % maps.shape[3]], dim=2).float()
+
+    def tally(self, pred, label):
+        """How many of each keypoint are found, and how many there are, (2*K,)."""
+        known = label.amax(dim=(2, 3)) >= 0.5  # (B, K)
+        distance = (self.peaks(pred) - self.peaks(label)).norm(dim=2)  # (B, K)
+        found = known & (distance <= NEAR * max(label.shape[2:]))
+        return torch.cat([found.sum(dim=0), known.sum(dim=0)])
+
+    def scores(self, tally):
+        found, known = tally.view(2, -1)  # each (K,)
+        each = 100 * found / known.clamp(min=1)
+        scores = {f"pck_{name}": round(share, 6) for name, share in zip(self.names, each.tolist(), strict=True)}
+        return {"pck": round(100 * (found.sum() / known.sum()).item(), 6), **scores}
+
+    def paint(self, label):
+        return F.pad(label, (0, 0, 0, 0, 0, 1)).clamp(0, 1)  # (B, 3, H, W): red is the first, green the second
+
+
+TASKS = {"segment": Segment, "depth": Depth, "keypoints": Keypoints}
 
 
 @config.user_errors()

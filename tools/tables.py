@@ -5,7 +5,7 @@
     python -m tools.tables ablations --seeds "0 1 2"         what each paper varies
     python -m tools.tables cifar10 --data DIR                every method on photographs
     python -m tools.tables protocols --cifar10_mini DIR      every method in every protocol of fine-tuning
-    python -m tools.tables dense --seeds "0 1 2"             segmentation and depth: MAE, supervised, random weights
+    python -m tools.tables dense --seeds "0 1 2"             pixels and keypoints: MAE, supervised, random weights
     python -m tools.tables print results/learns.json         the tables of a file
 
 Numbers go to a file in --out, or to --json. A measurement that was stopped goes on when its command is given again. All
@@ -51,12 +51,14 @@ SUPERVISED = ("finetune.py --config configs/finetune_tiny.yaml --model vit_tiny 
 FROZEN = "--freeze --base_lr 0.016"
 EVENLY = "--base_lr 0.004 --layer_decay 1"
 GENTLY = "--base_lr 0.016 --layer_decay 0.5"
+OF_DEPTH = {"MAE": GENTLY, "supervised": EVENLY, "random": GENTLY}
 FINE_TUNED = {  # task: {encoder: the better of EVENLY and GENTLY on validation images, results/dense_tuning.json}
     "segment": {"MAE": EVENLY, "supervised": GENTLY, "random": EVENLY},
-    "depth": {"MAE": GENTLY, "supervised": EVENLY, "random": GENTLY}}
+    "depth": OF_DEPTH, "keypoints": OF_DEPTH}  # of keypoints nothing was tried yet
 SUPERVISED_TITLE = "top-1, per cent of validation images"
 SCORES = {"segment": ("miou", "segmentation: mIoU, per cent (more is better)"),  # task: score, title
-          "depth": ("rmse", "depth: RMSE, metres (less is better)")}
+          "depth": ("rmse", "depth: RMSE, metres (less is better)"),
+          "keypoints": ("pck", "keypoints: PCK, per cent (more is better)")}
 
 
 # ---------------------------------------- What is measured: lists of cells
@@ -111,7 +113,7 @@ def dense(args):
 
 def draw_dense(path, results):
     """A panel for each task."""
-    figure, save = figures.new_figure(9.6, 3.4)
+    figure, save = figures.new_figure(4.8 * len(SCORES), 3.4)
     for axis, (_, title) in zip(figure.subplots(1, len(SCORES)), SCORES.values(), strict=True):
         bars(axis, results[title])
         task, _, score = title.partition(": ")

@@ -23,6 +23,7 @@ from common.shapes import shapes_batch
 from tools import dense, dense_data, dense_tasks
 
 NAMES = ["sky", "sea", "land"]
+OF_FOLDERS = ["segment", "depth"]
 
 
 def scene(folder, split, i, size=(16, 16)):
@@ -37,7 +38,7 @@ def scene(folder, split, i, size=(16, 16)):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """{task: folder} of 12 images for training and 5 for validation."""
-    roots = {task: tmp_path_factory.mktemp(task) for task in dense_tasks.TASKS}
+    roots = {task: tmp_path_factory.mktemp(task) for task in OF_FOLDERS}
     for task, root in roots.items():
         for split, count in (("train", 12), ("val", 5)):
             (root / split / "labels").mkdir(parents=True)
@@ -91,8 +92,8 @@ def test_a_prediction_has_the_size_of_the_image(model, patch, size, in_chans, do
     assert sum(isinstance(layer, torch.nn.ConvTranspose2d) for layer in net.head) == doublings
     imgs, noise = torch.randn(2, in_chans, *size), torch.full((2, net.num_noise), 0.99)  # nothing is dropped
     output = net(imgs, noise)
-    assert output.shape == (2, {"segment": 3, "depth": 1}[task], *size)
-    net.task.loss(output, torch.ones(2, *size)).sum().backward()
+    assert output.shape == (2, {"segment": 3, "depth": 1, "keypoints": 2}[task], *size)
+    net.task.loss(output, torch.ones(2, *([2] if task == "keypoints" else []), *size)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
@@ -129,7 +130,7 @@ def test_layer_decay_and_drop_path():
 def test_labels_of_shapes():
     numbers = data.SPLITS["val"][0] + np.arange(data.SPLITS["val"][1])
     made = shapes_batch(0, numbers[:40])
-    segment, depth = (dense_data.DenseShapes("val", task) for task in dense_tasks.TASKS)
+    segment, depth = (dense_data.DenseShapes("val", task) for task in OF_FOLDERS)
     assert segment.classes[:2] == ["ground", "circle"] and len(segment.classes) == 11
     for i in range(0, 40, 7):
         (image, label), _ = segment.load(i)
@@ -139,6 +140,63 @@ def test_labels_of_shapes():
         assert np.array_equal(depth.load(i)[0][1].numpy(), made["depth"][i])
     few = dense_data.dense_set(config(data="shapes", labels=20, img_size=(64, 64)), "train")
     assert len(few) == 20 and set(few.source.labels.tolist()) == set(range(10))
+
+
+def test_keypoints_of_shapes():
+    """The centre is that of the pixels of a shape, where no bar hides it. An arrow's tip points to the right of it; a
+    triangle has a corner on its axis, where it is drawn."""
+    made = shapes_batch(0, data.SPLITS["val"][0] + np.arange(400))
+    (centre_y, centre_x), (tip_y, tip_x) = made["keypoints"].transpose(1, 2, 0)
+    for label in (0, 1, 3, 9):  # circle, square, star, hourglass: as large on all sides
+        errors = []
+        for i in np.flatnonzero(made["label"] == label):
+            row, column = np.nonzero(made["mask"][i])
+            errors.append((row.mean() + 0.5 - centre_y[i], column.mean() + 0.5 - centre_x[i]))
+        assert np.abs(np.median(errors, axis=0)).max() < 0.5
+    length, angle = np.hypot(tip_y - centre_y, tip_x - centre_x), np.arctan2(tip_x - centre_x, centre_y - tip_y)
+    assert 64 * 0.30 < length.min() < length.max() < 64 * 0.40 and 18 < np.degrees(np.abs(angle)).max() < 20.01
+    corners = []
+    for i in np.flatnonzero(made["label"] == 2):  # its corner is the pixel that lies farthest along the axis
+        row, column = np.nonzero(made["mask"][i])
+        along = (centre_y[i] - row - 0.5) * np.cos(angle[i]) + (column + 0.5 - centre_x[i]) * np.sin(angle[i])
+        top = along.argmax()
+        down, right = row[top] + 0.5 - centre_y[i], column[top] + 0.5 - centre_x[i]
+        across = right * np.cos(angle[i]) + down * np.sin(angle[i])
+        corners.append((across, along[top] / length[i]))
+    across, along = np.median(np.abs(corners), axis=0)
+    assert across < 1.5 and 1.0 < along < 1.5
+
+
+def test_a_heat_map_by_its_closed_form():
+    maps = dense_tasks.heat_maps(torch.tensor([[3.5, 5.5], [6.0, 2.0]]), (8, 12))
+    assert maps.shape == (2, 8, 12) and maps[0, 3, 5] == 1 and maps[0].argmax() == 3 * 12 + 5
+    for row, column in ((0, 0), (7, 11), (5, 2)):
+        squared = (row + 0.5 - 6) ** 2 + (column + 0.5 - 2) ** 2
+        assert maps[1, row, column].item() == pytest.approx(math.exp(-squared / (2 * dense_tasks.SIGMA**2)), rel=1e-5)
+    (image, label), _ = dense_data.DenseShapes("val", "keypoints").load(5)
+    made = shapes_batch(0, [data.SPLITS["val"][0] + 5])
+    assert image.shape == (3, 64, 64)
+    assert torch.equal(label, dense_tasks.heat_maps(torch.from_numpy(made["keypoints"][0]), (64, 64)))
+
+
+def test_heat_maps_move_with_the_image():
+    """A white spot at each keypoint: after crop, shift and flip it is where the map is highest, if it is in sight."""
+    points = torch.tensor([[20.5, 12.5], [9.5, 25.5]])
+    image, seen = torch.zeros(3, 40, 40, dtype=torch.uint8), 0
+    for k, (row, column) in enumerate(points.long().tolist()):
+        image[k, row - 1 : row + 2, column - 1 : column + 2] = 255
+    pair = dense_data.tv_tensors.Image(image), dense_data.tv_tensors.Mask(dense_tasks.heat_maps(points, (40, 40)))
+    cfg = config(task="keypoints", crop_scale=(0.4, 1.0), flip=0.5, shift=4)
+    steps = [dense_data.augmentation(cfg), dense_data.v2.ToPureTensor()]
+    images = data.Images(types.SimpleNamespace(load=lambda i: (pair, 0)), dense_data.v2.Compose(steps), seed=0)
+    (imgs, maps), *_ = images.__getitems__([(epoch, 0, 0) for epoch in range(40)])
+    peaks = dense_tasks.Keypoints(None, 0).peaks(maps)
+    for img, each, places in zip(imgs, maps, peaks, strict=True):
+        for k in range(2):
+            if each[k].max() >= 0.9 and img[k].max() > 200:
+                seen += 1
+                assert (places[k] - (img[k] > 127).nonzero()).norm(dim=1).min() <= 1, (places[k], k)
+    assert seen > 50 and len({tuple(place) for place in peaks.flatten(0, 1).tolist()}) > 30
 
 
 def test_image_and_label_are_cropped_and_flipped_as_one():
@@ -334,19 +392,68 @@ def test_the_scale_of_depth_costs_half():
     assert far.grad.isfinite().all() and far.grad.abs().sum() > 0
 
 
+def test_pck_by_hand():
+    """32 pixels: what is one pixel away is found, a diagonal neighbour is not; a map below 1/2 does not count."""
+    task, label, pred = dense_tasks.Keypoints(None, 0), torch.zeros(4, 2, 12, 32), torch.zeros(4, 2, 12, 32)
+    places = {(0, 0): (5, 7), (0, 1): (5, 8), (1, 0): (6, 8), (1, 1): (4, 7), (2, 0): (11, 19), (2, 1): (5, 7)}
+    for (i, k), (row, column) in places.items():
+        label[i, k, 5, 7], pred[i, k, row, column] = 0.5, -1.0  # what is highest counts, not how high
+        pred[i, k] += (pred[i, k] == -1) * 1.5
+    label[3], pred[3] = 0.49, label[3]
+    tally = task.tally(task.predict(pred[:1]), label[:1]) + task.tally(task.predict(pred[1:]), label[1:])
+    assert tally.tolist() == [1, 3, 3, 3]  # found, known: (5, 7); (5, 8), (4, 7), (5, 7)
+    assert task.scores(tally.double()) == {"pck": 66.666667, "pck_centre": 33.333333, "pck_tip": 100.0}
+    assert task.scores(torch.tensor([1.0, 0, 2, 0]))["pck_tip"] == 0
+    painted = task.paint(label)
+    assert painted.shape == (4, 3, 12, 32) and torch.equal(painted[:, :2], label) and painted[:, 2].max() == 0
+
+
+def test_the_loss_of_heat_maps_against_plain_loops():
+    task, output, label = dense_tasks.Keypoints(None, 0), torch.randn(2, 2, 3, 4), torch.rand(2, 2, 3, 4)
+    label[1] = 0  # both are out of the picture
+    for i, loss in enumerate(task.loss(output, label)):
+        pairs = zip(output[i].flatten().tolist(), label[i].flatten().tolist(), strict=True)
+        error, size = sum((o - t) ** 2 for o, t in pairs), sum(t**2 for t in label[i].flatten().tolist())
+        assert loss.item() == pytest.approx(error / (size if i == 0 else 1), rel=1e-5)
+    assert task.loss(0 * output, label).tolist() == [1, 0]
+
+
 # Runs
+
+
+def test_keypoints_are_learned_and_evaluated_again(words_of, call, tmp_path, monkeypatch):
+    """Of the 20 images of 200 steps, more than the best constant pair of places would find. --eval repeats the number.
+    """
+    for split in ("train", "val"):
+        monkeypatch.setitem(data.SPLITS, split, (0, 20))
+    words = words_of("keypoints", patch_size=8, img_size=64, epochs=40, drop_path=0, base_lr=0.004, flip=0, shift=0,
+                     crop_scale="1,1", head_width=32, layer_decay=1, micro_batch=4, out=tmp_path / "run")
+    done = call(dense.main, words)
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    label = torch.stack([pair[0][1] for pair in map(dense_data.DenseShapes("val", "keypoints").load, range(20))])
+    truth = dense_tasks.Keypoints(None, 0).peaks(label)  # (20, 2, 2)
+    away = (truth[:, None] - truth).norm(dim=3)  # (20, 20, 2), of every image's places as a constant
+    chance = 100 * (away <= 64 / 32).float().mean(dim=0).amax(dim=0).mean().item()
+    assert result["images"] == 20 and result["pck"] > 2 * chance > 20, (result, chance)
+    words = words_of("keypoints", init=tmp_path / "run" / "encoder.pt", model=None, patch_size=None, img_size=None,
+                     head_width=None, eval="true", out=tmp_path / "eval")
+    done = call(dense.main, words)
+    assert done.code == 0, done.err
+    again = json.loads((tmp_path / "eval" / "result.json").read_text())
+    assert {name: again[name] for name in result if name != "step"} == {n: v for n, v in result.items() if n != "step"}
 
 
 @pytest.fixture(scope="module")
 def finished(words_of, tmp_path_factory):
     """{task: folder} of complete runs."""
-    runs = {task: tmp_path_factory.mktemp("runs") / task for task in dense_tasks.TASKS}
+    runs = {task: tmp_path_factory.mktemp("runs") / task for task in OF_FOLDERS}
     for task, out in runs.items():
         dense.main([str(w) for w in words_of(task, out=out)])
     return runs
 
 
-@pytest.mark.parametrize("task", dense_tasks.TASKS)
+@pytest.mark.parametrize("task", OF_FOLDERS)
 def test_eval_repeats_the_number_of_the_run(words_of, call, tmp_path, finished, task):
     before = json.loads((finished[task] / "result.json").read_text())
     assert before["images"] == 5 and (finished[task] / "pictures" / f"{task}.png").stat().st_size > 5000
@@ -360,7 +467,7 @@ def test_eval_repeats_the_number_of_the_run(words_of, call, tmp_path, finished, 
     assert after == pytest.approx(before, rel=1e-5)
 
 
-@pytest.mark.parametrize("task", dense_tasks.TASKS)
+@pytest.mark.parametrize("task", OF_FOLDERS)
 def test_stopped_and_resumed_is_as_if_never_stopped(words_of, call, tmp_path, monkeypatch, finished, task):
     out, log = tmp_path / "run", engine.Run.log
 
@@ -467,6 +574,7 @@ def test_a_folder_that_does_not_fit_is_one_line(folders, words_of, call, tmp_pat
 @pytest.mark.parametrize("changes,names", [
     ({"task": "pose"}, ["--task", "pose", "depth"]), ({"split": "dev"}, ["--split"]), ({"model": None}, ["--model"]),
     ({"eval": "true"}, ["--eval", "--init"]), ({"head_width": 0}, ["--head_width"]), ({"labels": 13}, ["--labels"]),
+    ({"task": "keypoints", "data": "photos"}, ["--task keypoints", "photos", "shapes"]),
     ({"max_depth": -1}, ["--max_depth"]), ({"img_size": 18}, ["--patch_size"]), ({"data": "nowhere"}, ["nowhere"])])
 def test_bad_options_are_one_line(words_of, call, tmp_path, changes, names):
     done = call(dense.main, words_of(**{"out": tmp_path / "run", **changes}))

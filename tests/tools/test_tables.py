@@ -145,13 +145,13 @@ def test_dense_trains_encoders_once(made_up, capsys):
     tables.main(["dense", "--seeds", "0 1", "--out", "runs"])
     commands = made_up()
     assert len([c for c in commands if not c.startswith("-m tools.dense")]) == 2
-    assert len(commands) == 2 + 2 * 2 * 3 * 2  # seeds, tasks, encoders, modes
+    assert len(commands) == 2 + 2 * 3 * 3 * 2  # seeds, tasks, encoders, modes
     for name, start in {"MAE": "runs/mae/", "supervised": "runs/supervised/"}.items():
-        own = [c for c in commands if re.search(f"runs/(segment|depth)_[a-z-]+_{name}_", c)]
-        assert len(own) == 8 and all(f"--init {start}encoder.pt " in c for c in own)
+        own = [c for c in commands if re.search(f"runs/(segment|depth|keypoints)_[a-z-]+_{name}_", c)]
+        assert len(own) == 12 and all(f"--init {start}encoder.pt " in c for c in own)
     results = record_of("runs/dense.json")["results"]
     assert results[tables.SUPERVISED_TITLE] == {"supervised": {"20,000 labels": [50, None]}}
-    for task, value in {"segment": 80, "depth": 1.25}.items():
+    for task, value in {"segment": 80, "depth": 1.25, "keypoints": 70}.items():
         modes = {"frozen": [value] * 2, "fine-tuned": [value] * 2}
         assert results[tables.SCORES[task][1]] == dict.fromkeys(["MAE", "supervised", "random"], modes)
     assert Path("runs/dense.png").stat().st_size > 1000
