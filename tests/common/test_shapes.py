@@ -26,7 +26,8 @@ def test_shapes_are_the_same_bytes_on_every_machine():
 
 
 GOLDEN = {"image": "f9805a9c5498d06a",
-          "label": "2aaca1e2252f1fc4", "mask": "a4139700bfeecddf", "depth": "69d3ac760214f9a0", "keypoints": "2b2763006cf7643d"}
+          "label": "2aaca1e2252f1fc4", "mask": "a4139700bfeecddf", "depth": "69d3ac760214f9a0",
+          "keypoints": "2b2763006cf7643d"}
 
 
 def ridge_accuracy(train, test, y, yt):
