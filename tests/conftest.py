@@ -1,5 +1,5 @@
 """What several test files share: a small folder of images, the smallest options, and a way to run a script
-in this process. (tests/processes.py starts others.)"""
+in this process. (tools/trials.py starts others.)"""
 
 import itertools
 import json
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT
 
 from tools import runner
+from tools.trials import ROOT
 
 # The order of the tests, and who runs them
 

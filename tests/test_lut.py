@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, equal, log_of
 from PIL import Image, ImageFilter, ImageOps
-from processes import finish, fork, start, torchrun
 
 import data
 import lut
 import mae
 import models
 from common import config, engine, layers, optim, transforms
+from tools.trials import finish, fork, start, torchrun
 
 SMALL = {"model": "vit_tiny", "img_size": (32, 32), "patch_size": 8, "decoder_depth": 1, "decoder_width": 32,
          "decoder_heads": 2, "head_width": 48}

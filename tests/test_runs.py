@@ -21,12 +21,12 @@ import torch
 import yaml
 from conftest import ROOT, equal, flags, log_of, snapshot
 from matplotlib.figure import Figure
-from processes import finish, fork, start, torchrun
 
 import finetune
 import lut
 import mae
 from common import config, engine, optim
+from tools.trials import finish, fork, start, torchrun
 
 SCRIPTS = {"mae": mae, "finetune": finetune}
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import equal, snapshot
-from processes import finish, fork
 
 from common import checkpoint, folder, optim
+from tools.trials import finish, fork
 
 
 def content(seed=0, size=40):

@@ -12,7 +12,6 @@ import torch
 from conftest import equal, flags, snapshot
 from encoders import VIT, classifier, read_encoder, saved_of
 from PIL import Image
-from processes import finish, start, torchrun
 from test_protocols import STILL, edited, one_line, pretrained, tune  # noqa: F401
 
 import data
@@ -20,6 +19,7 @@ import finetune
 import models
 from common import checkpoint, engine, formats
 from tools import convert, dense
+from tools.trials import finish, start, torchrun
 
 DENSE = flags(data="shapes", task="depth", model=None, img_size=16, batch_size=4, micro_batch=4, epochs=1, labels=10,
               max_steps=1, head_width=16, device="cpu")

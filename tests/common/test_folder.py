@@ -7,9 +7,9 @@ import signal
 import time
 
 import pytest
-from processes import finish, fork
 
 from common import folder
+from tools.trials import finish, fork
 
 
 @pytest.fixture

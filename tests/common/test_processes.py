@@ -7,33 +7,8 @@ import time
 import pytest
 import torch
 from conftest import log_of
-from processes import children, finish, fork, start, torchrun
 
-
-def wait_for(process, line):
-    for found in process.stdout:
-        if found.startswith(line):
-            return
-    raise AssertionError(f"no {line!r}")
-
-
-def alive(pids):
-    """Those that have not ended (a zombie has)."""
-    found = []
-    for pid in pids:
-        try:
-            state = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            continue
-        found += [pid] * (state != "Z")
-    return found
-
-
-def ended_within(seconds, pids):
-    deadline = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not alive(pids)
+from tools.trials import children, ended_within, finish, fork, start, torchrun, wait_for
 
 
 @pytest.mark.parametrize("script", ["mae", "finetune"])

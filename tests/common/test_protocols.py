@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import ROOT, equal, flags, log_of, snapshot
 from encoders import read_encoder
-from processes import finish, fork
 
 import data
 import fastmim
@@ -18,6 +17,7 @@ import simmim
 import um_mae
 from common import config, neighbours, optim, transforms
 from tools import convert, corruptions
+from tools.trials import finish, fork
 
 STILL = {"crop_scale": "1,1", "flip": 0, "rand_augment": "false", "random_erasing": 0}  # no augmentation
 

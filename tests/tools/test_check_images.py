@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from processes import ROOT, finish, start
 
 from tools import check_images
+from tools.trials import ROOT, finish, start
 
 
 def write(path, array, **options):

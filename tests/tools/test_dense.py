@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import equal, flags, log_of, paint
 from PIL import Image
-from processes import finish, start, torchrun
 
 import data
 import finetune
@@ -21,6 +20,7 @@ import models
 from common import engine, images, optim
 from common.shapes import shapes_batch
 from tools import dense, dense_data, dense_tasks
+from tools.trials import finish, start, torchrun
 
 NAMES = ["sky", "sea", "land"]
 OF_FOLDERS = ["segment", "depth"]

@@ -7,10 +7,10 @@ import signal
 import pytest
 import torch
 from conftest import ROOT, equal, flags, log_of, snapshot
-from processes import finish, start
 
 import fastmim
 from tools import fastmim_p
+from tools.trials import finish, start
 
 OWN = {"sizes": "32,64x96", "epochs": "1,1", "batches": "4,6"}
 WORDS = {"micro_batch": 2, "max_steps": 0, "model": "swin_tiny", "patch_size": 0, "mask_unit": 16, "window": 2,

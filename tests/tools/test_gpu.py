@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from processes import finish, fork
 from test_runs import RECIPES, script_of
 
 from tools import gpu, gpu_checks, gpu_speed, gpu_table, tables
+from tools.trials import finish, fork
 
 
 def options(tmp_path, **more):

@@ -1,4 +1,4 @@
-"""Processes for tests: real ones, and forks, which begin at once.
+"""Processes for tests, and for tools that try out runs: real ones, and forks, which begin at once.
 
 Importing torch and the scripts takes some five seconds. So one process, forked when this module is imported and before
 any test has changed anything, waits for commands and forks itself for each. What runs in a fork is what a shell would
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from multiprocessing import connection
 from pathlib import Path
 
@@ -65,6 +66,34 @@ def finish(process, timeout=120):
 def children(pid):
     """The processes that a process has started, oldest first. (Of Linux.)"""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(process, line):
+    """Read what a process prints up to a line that starts like this. AssertionError if there is none."""
+    for found in process.stdout:
+        if found.startswith(line):
+            return
+    raise AssertionError(f"no {line!r}")
+
+
+def alive(pids):
+    """Those that have not ended (a zombie has)."""
+    found = []
+    for pid in pids:
+        try:
+            state = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            continue
+        found += [pid] * (state != "Z")
+    return found
+
+
+def ended_within(seconds, pids):
+    """Have all of these processes ended, now or in so many seconds?"""
+    deadline = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pids)
 
 
 # Forks
