@@ -107,8 +107,8 @@ SAMPLING = {"uniform": uniform_sampling, "grid": grid_sampling, "random": random
 
 def secondary_mask(noise, ids_keep, ratio):
     """Which of the kept units are hidden behind a token: bool (B, K), True = hidden. Those with the
-    lowest noise (B, U) stay visible: floor(K * (1 - ratio)) in exact arithmetic, and at least 1
-    (UM-MAE, 3.2)."""
+    lowest noise (B, U) stay visible, of equal ones the first: floor(K * (1 - ratio)) of them in
+    exact arithmetic, and at least 1 (UM-MAE, 3.2)."""
     num_visible = max(1, math.floor(ids_keep.shape[1] * (1 - ratio) + 1e-9))
     noise = noise.gather(1, ids_keep)  # (B, K)
     rank = noise.argsort(dim=1, stable=True).argsort(dim=1)  # (B, K)

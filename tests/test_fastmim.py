@@ -141,6 +141,11 @@ def test_masks_are_pure_and_hide_every_unit_equally_often():
     assert (mask.float().mean(dim=0) - 0.75).abs().max() < 0.041  # 6 deviations
 
 
+def test_of_equal_noise_the_first_units_stay_visible():
+    mask = build("vit", img_size=(128, 128)).mask(torch.zeros(2, 64))
+    assert mask.tolist() == [[False] * 16 + [True] * 48] * 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_pixels_are_in_the_loss_and_nowhere_else(kind):
     """The encoder sees one colour where something is hidden. No loss on what is visible, whatever the unit."""

@@ -63,6 +63,8 @@ def test_the_two_views_keep_disjoint_places(ratio):
     assert not (one & two).any() and (one.sum(dim=1) == N_keep).all() and (two.sum(dim=1) == N_keep).all()
     for ids, restore, hidden in zip(ids_keep, ids_restore, mask, strict=True):
         assert torch.equal(restore[ids], torch.arange(N_keep)) and not hidden[ids].any()
+    tied = model.mask(torch.zeros(1, 32))[0].flatten()
+    assert torch.equal(tied, torch.arange(2 * N_keep))  # of equal noise, the first come first
 
 
 # The loss
@@ -150,6 +152,14 @@ def test_a_masked_teacher_sees_what_the_student_sees_last():
     found = model.teach(imgs.transpose(0, 1).flip(0).flatten(0, 1), noise[:, :16])
     assert found.shape == (8, 5, 96)
     torch.testing.assert_close(found[:4], encoder.encode(picked, coords))
+
+
+def test_of_equal_noise_a_masked_teacher_sees_the_last():
+    model = build(img_size=(64, 64), target_mask_ratio=0.75, three_augment=False)
+    imgs = batch(model)[0].transpose(0, 1).flatten(0, 1)
+    last = torch.arange(48, 64).expand(len(imgs), -1)
+    expected = model.encode(imgs, last, model.teacher["encoder"])
+    torch.testing.assert_close(model.teach(imgs, torch.zeros(4, 64)), expected)
 
 
 # Teacher and gradients

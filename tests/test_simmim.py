@@ -49,6 +49,11 @@ def test_the_ceiling_of_the_units_is_hidden():
             model.cfg.mask_ratio = float(f"{percent / 100:.2f}")
             mask = model.mask(torch.rand(2, U))
             assert mask.dtype == torch.bool and mask.sum(dim=1).tolist() == [-(-U * percent // 100)] * 2, (U, percent)
+    model = build("absolute", img_size=(128, 128))
+    noise = torch.rand(20, 64)
+    for each, row in zip(model.mask(noise), noise, strict=True):
+        assert row[each].min() > row[~each].max()  # those with the highest noise
+    assert model.mask(torch.zeros(2, 64)).tolist() == [[False] * 25 + [True] * 39] * 2  # of equal noise, the last
     for size, count in ((192, 22), (224, 30)):  # the paper's two
         model = build("vit", img_size=(size, size), mask_unit=32)
         assert model.mask(torch.rand(2, model.num_units)).sum(dim=1).tolist() == [count] * 2

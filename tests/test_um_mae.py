@@ -68,6 +68,10 @@ def test_uniform_sampling_takes_every_place_of_a_cell_equally_often():
     assert torch.equal(um_mae.uniform_sampling(torch.zeros(1, 16), (4, 4)), torch.tensor([[0, 2, 8, 10]]))  # a tie
 
 
+def test_random_sampling_takes_the_first_of_equal_noise():
+    assert um_mae.random_sampling(torch.zeros(2, 64), (8, 8)).tolist() == [list(range(16))] * 2
+
+
 @pytest.mark.parametrize("sampling", ["uniform", "grid", "random"])
 def test_masks_are_pure_functions_of_noise_and_grid(sampling):
     """Of the units' grid, that is: whatever the backbone and its patches, and whoever else is in the batch."""
@@ -96,6 +100,8 @@ def test_secondary_masking_leaves_the_floor_of_what_is_kept():
             assert ((~hidden).sum(dim=1) == max(1, K * (100 - percent) // 100)).all(), (K, percent)
             seen, unseen = (noise.gather(1, ids_keep).masked_fill(m, f) for m, f in ((hidden, -1), (~hidden, 2)))
             assert (seen.amax(dim=1) < unseen.amin(dim=1)).all()
+    tied = um_mae.secondary_mask(torch.zeros(2, 256), torch.arange(0, 256, 4).expand(2, -1), 0.25)
+    assert tied.tolist() == [[False] * 48 + [True] * 16] * 2  # of equal noise, the first stay visible
     for size, patch, visible in (((256, 256), 16, 48), ((224, 224), 16, 36)):  # the paper's two
         model = build("vit", img_size=size, patch_size=patch, unit=patch)
         assert (~model.mask(torch.rand(2, model.num_noise))[1]).sum(dim=1).tolist() == [visible] * 2

@@ -103,7 +103,8 @@ class Trials:
                 if test and self.passes_without(test, passing, folder):
                     self.seen[mutant["file"]].insert(0, test)
                 elif test:
-                    raise SystemExit(f"{test} fails without a mistake, too: {passing[test]}")
+                    self.errors.append(f"{test} fails without a mistake, too: {passing[test][test]}")
+                    test = None
                 self.found[mutant["name"]] = {"caught_by": test, "harmless": "harmless" in mutant}
                 if None in failed:
                     self.found[mutant["name"]]["ended"] = failed[None]
@@ -160,7 +161,7 @@ def by_file(found, mutants):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="WORDS", help="mutants whose file, name or tests have all of them")
+    parser.add_argument("--only", default="", metavar="WORDS", help="mutants whose file, name and tests have all")
     parser.add_argument("--jobs", type=int, default=runner.CORES, help="forks at a time")
     parser.add_argument("--json", type=Path, default=Path("runs/mutants/mutants.json"), help="file of the numbers")
     args = parser.parse_args(argv)
