@@ -8,6 +8,7 @@ line, on images of 16 pixels, in processes of their own; what is random comes fr
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -47,7 +48,8 @@ def killed(place, draw, i, script):
             time.sleep(0.001)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate(60)
-        checkpoint.read_newest(out / "last.pt")  # ValueError if neither it nor the one before is whole
+        with contextlib.redirect_stdout(None):
+            checkpoint.read_newest(out / "last.pt")  # ValueError if neither it nor the one before is whole
     require_end(trials.fork(*place.words(script, out, "--resume")))
     require_same(out, whole)
 
@@ -121,7 +123,7 @@ def damaged_images(place, draw, i):
     if i % 4 == 3:
         is_held = code == 2 and re.search(r"^error: \d+ of 1000 images are broken so far", err, re.M)
     else:
-        found = sorted(re.findall(r"train/class\d/\d+\.png(?=:)", output + err))
+        found = sorted(re.findall(r"train/class\d/\d+\.png(?=: [A-Z])", output + err))
         is_held = code == (0 if i % 4 else 1) and found == sorted(str(path.relative_to(root)) for path in broken)
     if not is_held:
         raise Broke(f"exit code {code}: {err.strip()[-300:]}")
