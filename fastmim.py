@@ -211,7 +211,7 @@ class FastMIM(nn.Module):
 
     def mask(self, noise):
         """noise (B, U) of the units -> mask (B, U) bool, True = hidden; floor(U * (1 - ratio)) of
-        them stay visible."""
+        them stay visible, those with the lowest noise, of equal ones the first."""
         rank = noise.argsort(dim=1, stable=True).argsort(dim=1)  # (B, U)
         return rank >= self.num_kept
 

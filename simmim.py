@@ -125,8 +125,8 @@ class SimMIM(nn.Module):
         return self.loss(pred, self.target(imgs), mask)
 
     def mask(self, noise):
-        """noise (B, U) of the units -> mask (B, U) bool, True = hidden: those with the most noise, of
-        equal ones the last, ceil(U * mask_ratio) of them in exact arithmetic."""
+        """noise (B, U) of the units -> mask (B, U) bool, True = hidden: those with the most noise,
+        of equal ones the last, ceil(U * mask_ratio) of them in exact arithmetic."""
         num_hidden = math.ceil(self.num_units * self.cfg.mask_ratio - 1e-9)  # 10 * 0.3 is 3.000...4
         rank = noise.argsort(dim=1, stable=True).argsort(dim=1)  # (B, U)
         return rank >= self.num_units - num_hidden

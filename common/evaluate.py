@@ -7,7 +7,6 @@ Every image of a loader (see neighbours.py) counts once, and what is added up ov
 
 import json
 import math
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ LARGEST = 1000  # classes that have a confusion matrix: that of 8,142 would take
 def named(head, path):
     """A classifier from elsewhere, with its classes named by the lines of the file at `path`. ValueError if there is
     none, or if they are not as many; OSError."""
-    names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in folder.read_text(path).splitlines() if line.strip()]
     if not (head and head.get("unnamed")):
         raise ValueError("--class_names is of a published classifier in --init, whose classes have no names")
     if not len(head["classes"]) == len(names) == len(set(names)):

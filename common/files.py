@@ -8,6 +8,8 @@ import warnings
 import numpy as np
 from PIL import Image
 
+from common.folder import require_regular
+
 # What is read, whatever a name says, if the installed Pillow can. Of the others that it knows, EPS runs programs.
 SUFFIXES = Image.registered_extensions()  # {suffix: format}; this also loads all of Pillow
 FORMATS = "JPEG JPEG2000 PNG BMP DIB GIF WEBP AVIF TIFF PPM TGA PCX QOI".split()
@@ -22,7 +24,9 @@ COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # numbers of a pixel
 @contextlib.contextmanager
 def opened(path):
     """The file as a lazy PIL image. Above 89 Mpx, where Pillow would only warn, this is an error. Pillow gets no path:
-    version 13 would map an uncompressed TIFF, and scramble its pixels where EXIF turns it by 90 degrees."""
+    version 13 would map an uncompressed TIFF, and scramble its pixels where EXIF turns it by 90 degrees. ValueError if
+    it is a pipe or a device."""
+    require_regular(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:

@@ -129,6 +129,12 @@ def require_regular(path):
         raise ValueError(f"{path} is not a regular file")
 
 
+def read_text(path):
+    """A text file in UTF-8. ValueError if it is none, or no regular file; OSError."""
+    require_regular(path)
+    return Path(path).read_text(encoding="utf-8")
+
+
 def require_no_link(path):
     """ValueError if this is a link, which leads anywhere, or a pipe, a device, a socket."""
     if path.is_symlink() or (path.exists() and not path.is_dir() and not path.is_file()):

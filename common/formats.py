@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from common import checkpoint, layouts
+from common import checkpoint, folder, layouts
 
 
 def option_classes():
@@ -46,7 +46,7 @@ def read_parts(path):
     """(tensors of all parts together, notes), for the index.json that Hugging Face's code writes. ValueError if a part
     lies elsewhere, is not there, or has not what the index says."""
     try:
-        places = json.loads(path.read_text())["weight_map"]
+        places = json.loads(folder.read_text(path))["weight_map"]
         parts = {name: path.with_name(name) for name in sorted(set(places.values()))}
         is_here = all(name == Path(name).name for name in parts)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):

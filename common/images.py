@@ -54,7 +54,6 @@ def decode(path, in_chans=3, min_side=0, value_range=None):
     """An image file as uint8 (C, h, w), upright by its EXIF tag; Broken if that cannot be done exactly. in_chans=None
     takes .npy files with any number of channels. `value_range`: see to_bytes."""
     with reading(path):
-        require_regular(path)
         if path.lower().endswith(".npy"):
             array = to_bytes(read_array(path), value_range)
         else:
@@ -76,6 +75,7 @@ def reading(path):
 
 def read_array(path):
     """A .npy file, (h, w, C) or (h, w), of numbers."""
+    require_regular(path)
     array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may promise more than the file holds
     if array.ndim not in (2, 3) or not 0 < array.shape[0] * array.shape[1] <= Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"an array of shape {array.shape}, not (H, W, C)")

@@ -185,7 +185,12 @@ IMAGE = {
     "giant array": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000000, 3), }"),
     "deep header": npy("(" * 9_000), "many axes": npy(array=lambda mark: np.ones((2, 2, 2, 2, 2)))}
 
-KINDS = {"last.pt": CHECKPOINT, "encoder.pt": CHECKPOINT, "--config": RECIPE, "image": IMAGE}
+RESULT = {
+    **ANY, "empty": put(lambda *_: b""), "deep list": text(lambda mark: "[" * 100_000),
+    "long number": text(lambda mark: "9" * 100_000), "list": text(lambda mark: "[1]"),
+    "NaN": text(lambda mark: '{"confusion": [[NaN]], "per_class": {"a": NaN}}')}
+
+KINDS = {"last.pt": CHECKPOINT, "encoder.pt": CHECKPOINT, "--config": RECIPE, "image": IMAGE, "result.json": RESULT}
 ALL = [(kind, name) for kind, makers in KINDS.items() for name in makers]
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from common.folder import read_text
 from tools import runner
 from tools.demo import BUDGET, FINETUNE
 
@@ -15,8 +16,8 @@ CURVES = {"loss": "loss", "k-NN top-1, per cent": "knn_top1", "top-1, per cent":
 def read_log(folder):
     """The lines of a run's log.jsonl. ValueError or OSError if it is none."""
     try:
-        return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    except json.JSONDecodeError as error:
+        return [json.loads(line) for line in read_text(folder / "log.jsonl").splitlines()]
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{folder / 'log.jsonl'} is no log of a run: {error}") from error
 
 
@@ -27,7 +28,7 @@ def curves(runs):
     for name, folder in runs.items():
         lines, result = read_log(folder), {}
         if (folder / "result.json").exists():
-            result = json.loads((folder / "result.json").read_text())
+            result = json.loads(read_text(folder / "result.json"))
         row = table.setdefault(name, {})
         for title, key in {**CURVES, "images per second": "images_per_s"}.items():
             points = [[line["step"], line[key]] for line in lines if key in line]

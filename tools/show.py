@@ -21,7 +21,7 @@ import torch
 from torchvision.transforms import v2
 
 import finetune
-from common import config, engine, figures
+from common import config, engine, figures, folder
 from common.images import decode, shared_range
 from common.transforms import CentreCrop, normalize
 from tools import analysis_figures, networks, reconstructions, snapshots
@@ -118,10 +118,10 @@ def draw(out, rows, title, columns, side=SIDE):
 def read_confusion(path):
     """(counts[true][predicted], classes) of a result.json. ValueError or OSError if it holds none."""
     try:
-        result = json.loads(Path(path).read_text())
+        result = json.loads(folder.read_text(path))
         counts, classes = result["confusion"], list(result["per_class"])
         whole = len(counts) == len(classes) > 0 and all(len(row) == len(classes) for row in counts)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise ValueError(f"{path} holds no confusion matrix, as finetune.py writes it for up to 1000 classes")

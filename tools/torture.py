@@ -142,6 +142,7 @@ def hostile_file(place, draw, i):
     path = hostile.KINDS[kind][name](path, mark, draw) or path
     words = {"last.pt": place.words(script, out, "--resume"),
              "encoder.pt": ["-m", "tools.show", place.images / "train/class0/000.png", "--init", path],
+             "result.json": ["-m", "tools.show", "--confusion", path],
              "image": ["-m", "tools.show", path, "--init", out / "encoder.pt"],
              "--config": place.words(script, place.new("from hostile"), "--config", path)}[kind]
     process = trials.fork(*words)

@@ -132,6 +132,10 @@ def test_only_regular_files_are_read(tmp_path):
     for name in ("pipe", "device"):
         with pytest.raises(ValueError, match="not a regular file"):
             folder.require_regular(tmp_path / name)
+        with pytest.raises(ValueError, match="not a regular file"):
+            folder.read_text(tmp_path / name)
+    (tmp_path / "file").write_bytes("é\n".encode())
+    assert folder.read_text(tmp_path / "file") == "é\n"
     with pytest.raises(ValueError, match="is a link"):
         folder.require_no_link(tmp_path / "link")
 

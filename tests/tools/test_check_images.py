@@ -1,6 +1,7 @@
 """check_images.py: what is broken, odd-sized or unlabelled is listed, and the exit code says whether anything is."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tools import check_images
-from tools.trials import ROOT, finish, start
+from tools.trials import ROOT, finish, fork, start
 
 
 def write(path, array, **options):
@@ -47,6 +48,19 @@ def test_check(folder, tmp_path, capsys):
     assert run_check(folder) == 1
     printed = capsys.readouterr().out
     assert "broken: 1" in printed and "ant/0.png" in printed and "RGB 18" in printed
+
+
+def test_pipes_and_devices_are_named_and_never_read(folder, tmp_path, tiny):
+    """Each of them is the first of the images whose range is taken."""
+    images = shutil.copytree(folder, tmp_path / "images")
+    os.mkfifo(images / "train" / "ant" / "-.png")
+    os.mkfifo(images / "train" / "ant" / "-.npy")
+    (images / "train" / "ant" / "-.tif").symlink_to("/dev/zero")
+    code, out, err = finish(fork("-m", "tools.check_images", images), timeout=30)
+    assert code == 1 and "broken: 3\n" in out and out.count("is not a regular file") == 3, (out, err)
+    words = tiny(data=images, out=tmp_path / "run", max_bad=0.1, epochs=1)
+    code, _, err = finish(fork("mae.py", *words), timeout=30)
+    assert code == 0 and err.count("is not a regular file") == err.count("\n") == 3, err
 
 
 def test_what_is_in_the_files_is_summed_up(tmp_path, capsys):
