@@ -6,7 +6,7 @@ B ?= finetune
 METHODS ?= mae simmim um_mae
 N ?= 2
 
-.PHONY: setup demo read assignment assignments-check test lint lines diff clean
+.PHONY: setup demo read assignment assignments-check test mutants torture lint lines diff clean
 
 setup: .venv/ready
 
@@ -29,6 +29,12 @@ test: setup
 	$(PY) -m pytest -q -p no:cacheprovider >$$log 2>&1 & second=$$!; \
 	$(PY) -m pytest -q; code=$$?; \
 	wait $$second; second_code=$$?; cat $$log; rm -r $$log $$TEST_CLAIMS; exit $$((code + second_code))
+
+mutants: setup
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m tools.mutants
+
+torture: setup
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m tools.torture
 
 lint: setup
 	$(PY) -m ruff check .

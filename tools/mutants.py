@@ -1,6 +1,6 @@
 """Do the tests notice mistakes? Each one in tests/mutants.yaml is made, and its tests run until one fails.
 
-    python -m tools.mutants                         # all; numbers go to runs/mutants/mutants.json
+    python -m tools.mutants                         # or: make mutants; to runs/mutants/mutants.json
     python -m tools.mutants --only "simmim loss"    # those whose file, name or tests have all the words
 
 Test files are read once. Each mistake is made in a fork, and its tests run in an order that finds it soon: first those

@@ -121,6 +121,7 @@ def read_confusion(path):
         result = json.loads(folder.read_text(path))
         counts, classes = result["confusion"], list(result["per_class"])
         whole = len(counts) == len(classes) > 0 and all(len(row) == len(classes) for row in counts)
+        whole = whole and all(type(n) is int and 0 <= n < 2**63 for row in counts for n in row)
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:

@@ -318,7 +318,9 @@ def test_a_confusion_is_drawn_beside_its_numbers(run, call):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"top1": 3}', '{"confusion": [[1]], "per_class": {"a": 1, "b": 2}}',
-                                     '{"confusion": 3, "per_class": {"a": 1}}', "[" * 100_000], ids=lambda v: v[:30])
+                                     '{"confusion": 3, "per_class": {"a": 1}}', "[" * 100_000,
+                                     '{"confusion": [[NaN]], "per_class": {"a": 1}}',
+                                     '{"confusion": [["1"]], "per_class": {"a": 1}}'], ids=lambda v: v[:60])
 def test_a_file_without_a_confusion_is_one_line(call, tmp_path, content):
     (tmp_path / "result.json").write_text(content)
     one_line(call(show.main, ["--confusion", tmp_path / "result.json"]), "result.json", "no confusion matrix")
