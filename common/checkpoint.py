@@ -7,6 +7,7 @@ They hold tensors and plain data only. `last.pt`, from which a stopped run goes 
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import pickle
@@ -46,9 +47,22 @@ def write_together(contents):
         if path.exists() and damage(path) is None:  # a damaged file must not take its predecessor's place
             os.replace(path, previous(path))
         os.replace(temporary, path)
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
-        descriptor = os.open(parts[0][0].parent, os.O_RDONLY)
-        os.fsync(descriptor)  # makes the renames outlast a power cut
+    sync_folder(parts[0][0].parent)
+
+
+def sync_folder(folder):
+    """Make renames in a folder outlast a power cut, where the system can: Windows opens no folders, and some disks,
+    such as those of other machines, know no sync of one."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM):
+            raise
+    finally:
         os.close(descriptor)
 
 
@@ -155,7 +169,7 @@ def require_room(path):
     memory."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    if hasattr(os, "sysconf"):  # Windows has none
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # Windows has none
         memory, size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), os.path.getsize(path)
         if size > memory:
             raise ValueError(f"{path} has {size / 1e9:.0f} GB, more than this machine's memory")

@@ -46,7 +46,7 @@ class RunConfig:
     overwrite: bool = False  # replace the run that OUT holds
     schedule: str = "cosine"  # of the learning rate: cosine, or step (to a tenth after 7/8 of the run)
     seed: int = 0  # of weights, order, crops, masks
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto, cpu, cuda, mps (the GPU of a Mac); auto is cuda or else cpu
     precision: str = "auto"  # auto, bf16, fp16, fp32; auto is bf16 or else fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile
     activation_checkpointing: bool = False  # recompute activations in backward: less memory, about a third more time
@@ -67,7 +67,7 @@ class RunConfig:
 
     def check(self):
         """ValueError for numbers that make no run; of each script's recipe, too."""
-        one_of(self, schedule="cosine step", device="auto cpu cuda", precision="auto bf16 fp16 fp32")
+        one_of(self, schedule="cosine step", device="auto cpu cuda mps", precision="auto bf16 fp16 fp32")
         positive = "batch_size micro_batch epochs log_every save_minutes save_epochs timeout_minutes"
         not_negative = ("warmup_epochs base_lr min_lr weight_decay clip_grad workers max_steps picture_epochs "
                         "probe_epochs probe_labels")
@@ -316,7 +316,7 @@ def read_yaml(path, script):
     try:
         if not Path(path).is_file():  # reading a pipe or a device may never end
             raise FileNotFoundError("no such file, or no regular one")
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
         require_small_yaml(text)
         content = yaml.safe_load(text) or {}
     except Exception as error:  # what is no YAML raises anything: `2001-99-99` a ValueError, `!!bool x` a KeyError

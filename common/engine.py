@@ -272,8 +272,9 @@ class Run:
         exits with code 2 before the optimizer carries it into the weights. (Under fp16 an infinite gradient alone is
         ordinary: the scaler skips the update.)"""
         caught = torch.full_like(loss, self.caught_signal > 0)
-        numbers = torch.stack([loss.detach(), grad_norm / self.world_size, caught]).double()
+        numbers = torch.stack([loss.detach(), grad_norm / self.world_size, caught])
         if self.world_size > 1:
+            numbers = numbers.double()  # which mps, of one process, does not have
             dist.all_reduce(numbers)
         loss, grad_norm, caught = numbers.tolist()
         self.stop_requested = caught > 0
@@ -407,10 +408,17 @@ def choose_device(cfg):
     has_cuda = torch.cuda.is_available()
     if cfg.device == "cuda" and not has_cuda:
         raise ValueError("--device cuda, but torch sees no GPU; --device cpu runs everywhere")
-    if cfg.precision == "fp16" and (cfg.device == "cpu" or not has_cuda):
-        raise ValueError("--precision fp16 needs a GPU; a CPU takes bf16 or fp32")
-    device, automatic = torch.device("cpu"), "fp32"
-    if has_cuda and cfg.device != "cpu":
+    if cfg.device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps, but torch sees no GPU of a Mac; --device cpu runs everywhere")
+    if cfg.device == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--device mps is one GPU, and takes one process: start without torchrun")
+    if cfg.device == "mps" and cfg.precision == "bf16" and not torch.amp.is_autocast_available("mps"):
+        raise ValueError("--precision bf16: this version of torch has none for mps; fp32 runs everywhere")
+    uses_cuda = has_cuda and cfg.device in ("auto", "cuda")
+    if cfg.precision == "fp16" and not uses_cuda:
+        raise ValueError("--precision fp16 needs a GPU of --device cuda; others take bf16 or fp32")
+    device, automatic = torch.device("mps" if cfg.device == "mps" else "cpu"), "fp32"
+    if uses_cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 in what stays fp32; on a CPU this would mean bf16

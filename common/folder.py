@@ -51,6 +51,7 @@ class Lock:
             if not is_at(descriptor, self.path):  # whoever held it has just released and removed it
                 raise ValueError(f"--out {folder} was in use by another run until now: try again")
             os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
             os.write(descriptor, json.dumps([platform.node(), os.getpid()]).encode())
         except (OSError, ValueError):
             os.close(descriptor)
@@ -90,6 +91,7 @@ def release(path, descriptor, released):
     released.set()
     with contextlib.suppress(OSError):  # the folder may be gone
         if is_at(descriptor, path):
+            os.ftruncate(descriptor, 0)  # it names nobody, where it stays: Windows removes no open file
             path.unlink()
     os.close(descriptor)
 
@@ -111,7 +113,8 @@ def lock(descriptor):
 def holder(descriptor):
     """(host, process) that the file of a lock names, or two Nones."""
     try:
-        host, process = json.loads(os.pread(descriptor, 1000, 0))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        host, process = json.loads(os.read(descriptor, 1000))
         return str(host), int(process)
     except (ValueError, TypeError):  # empty, or somebody else's
         return None, None
@@ -166,5 +169,5 @@ def replacing(path):
 
 def write_text(path, text):
     """Write a file whole or not at all."""
-    with replacing(path) as part, open(part, "x") as file:  # never through a link
+    with replacing(path) as part, open(part, "x", encoding="utf-8") as file:  # never through a link
         file.write(text)

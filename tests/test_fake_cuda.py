@@ -123,6 +123,20 @@ class Watch(TorchDispatchMode):
         return made_up
 
 
+class Doubles(TorchDispatchMode):
+    """Notes in `found` what makes a float64 tensor: the GPU of a Mac has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        kinds = {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        self.found += [func._schema.name] * (torch.float64 in kinds)
+        return result
+
+
 def moved(module, device):
     """In the place of nn.Module.to: parameters and buffers move to the GPU; a plain attribute stays, as it would."""
     for part in module.modules():
@@ -287,6 +301,23 @@ def test_dense(task, model):
             tally = net.task.tally(net.task.predict(output), labels.to(GPU, non_blocking=True))
         assert tally.device == GPU
     assert not watch.mixed
+
+
+# ---------------------------------------- The GPU of a Mac
+
+@pytest.mark.parametrize("name", [*METHODS, "MAE, grid mask, pca", "FastMIM Swin, pixels", "fine-tuning"])
+def test_a_step_makes_nothing_of_float64(name, monkeypatch):
+    """Nor do `prepare` and `reconstruct`. A CPU shows it as well: the same lines run on a Mac's GPU."""
+    side = script(monkeypatch, name, device="cpu", precision="fp32")
+    with Doubles() as doubles:
+        side.step(1)
+        if not side.tunes:
+            method, noise = importlib.import_module(type(side.cfg).__module__), torch.rand(2, side.model.num_noise)
+            method.prepare(side.model, torch.rand(2, *shape_of(side)), noise)
+            method.reconstruct(side.model, torch.rand(2, *shape_of(side)), noise)
+        assert not doubles.found
+        torch.zeros(2).double()
+    assert doubles.found
 
 
 # ---------------------------------------- What would be found

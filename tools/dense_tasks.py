@@ -150,14 +150,15 @@ TASKS = {"segment": Segment, "depth": Depth, "keypoints": Keypoints}
 def accuracy(run, model, loader):
     """{the scores of the task, images} on a loader (data.evaluation), each image once on any number of processes;
     exits with code 2 if not a single pixel is labelled."""
-    tally = torch.zeros(model.task.counts + 1, dtype=torch.float64, device=run.device)  # the last one counts images
+    device = "cpu" if run.device.type == "mps" else run.device  # mps has no float64
+    tally = torch.zeros(model.task.counts + 1, dtype=torch.float64, device=device)  # the last one counts images
     num_bad = torch.zeros((), dtype=torch.int64, device=run.device)
     neighbours.ready(run, model)
     for (imgs, labels), _, _ in loader:
         with run.autocast():
             output = model(transforms.normalize(imgs.to(run.device, non_blocking=True), run.cfg))  # (B, K, H, W)
-        labels = labels.to(run.device, non_blocking=True)
-        tally[:-1] += model.task.tally(model.task.predict(output.float()), labels)
+        labels = labels.to(device, non_blocking=True)
+        tally[:-1] += model.task.tally(model.task.predict(output.float()).to(device), labels)
         tally[-1] += len(imgs)
         num_bad += (~output.isfinite()).sum()
     if run.world_size > 1:

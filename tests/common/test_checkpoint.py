@@ -131,6 +131,21 @@ def test_a_failing_fsync_leaves_what_was_there(tmp_path, monkeypatch):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("number,is_known", [(errno.EINVAL, True), (errno.EBADF, True), (errno.EIO, False)])
+def test_a_disk_that_cannot_sync_a_folder_keeps_what_was_written(tmp_path, monkeypatch, number, is_known):
+    """But a disk that fails is named."""
+    sync = os.fsync
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    with contextlib.nullcontext() if is_known else pytest.raises(OSError, match=os.strerror(number)):
+        checkpoint.write(tmp_path / "a.pt", content(1))
+    assert equal(checkpoint.read(tmp_path / "a.pt"), content(1))
+
+
 def test_what_does_not_read_back_is_not_kept(tmp_path, monkeypatch):
     """A disk that lies: the bytes on it are not those that were written."""
     checkpoint.write(tmp_path / "a.pt", content(1))

@@ -142,6 +142,36 @@ def test_timed_counts_waiting(tmp_path):
     assert list(run.timed(slow())) == [0, 1, 2] and 0.06 <= run.data_wait < 1
 
 
+@pytest.fixture
+def mac(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: True)
+
+
+@pytest.mark.parametrize("precision,dtype", [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_gpu_of_a_mac(mac, precision, dtype):
+    assert engine.choose_device(small(device="mps", precision=precision)) == (torch.device("mps"), dtype)
+
+
+def test_a_mac_is_asked_for(mac):
+    assert engine.choose_device(small(device="auto"))[0].type != "mps"
+
+
+@pytest.mark.parametrize("words,world,said", [({"precision": "fp16"}, 1, "fp16 needs a GPU of --device cuda"),
+                                              ({"precision": "bf16"}, 1, "--precision bf16"),
+                                              ({}, 2, "one process")])
+def test_what_a_mac_cannot(mac, monkeypatch, words, world, said):
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(ValueError, match=said):
+        engine.choose_device(small(device="mps", **words))
+
+
+def test_mps_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="--device mps, but torch sees no GPU of a Mac"):
+        engine.choose_device(small(device="mps"))
+
+
 @pytest.mark.parametrize("batch,micro,world,fits", [(8, 4, 1, 0), (8, 4, 2, 0), (8, 4, 3, None), (10, 4, 1, 2),
                                                     (12, 4, 2, 3), (8, 100, 2, 0)])
 def test_batches_that_do_not_divide(batch, micro, world, fits):

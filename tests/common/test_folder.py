@@ -95,6 +95,26 @@ def test_without_locks_the_heartbeat_counts(tmp_path, monkeypatch, system):
     second.release()
 
 
+def test_a_lock_that_stays_after_its_run_holds_nothing(tmp_path, monkeypatch):
+    """Windows knows no os.pread, and removes no file that is open."""
+    def refuse(path):
+        raise PermissionError("used by another process")
+
+    monkeypatch.setattr(folder, "fcntl", None)
+    monkeypatch.delattr(os, "pread")
+    first, second = folder.Lock(tmp_path), folder.Lock(tmp_path)
+    first.take()
+    with pytest.raises(ValueError, match=f"process {os.getpid()}"):
+        second.take()
+    with monkeypatch.context() as windows:
+        windows.setattr(type(first.path), "unlink", refuse)
+        first.release()
+    assert first.path.exists()
+    second.take()
+    assert json.loads(second.path.read_text())[1] == os.getpid()
+    second.release()
+
+
 def test_what_is_refused_leaves_no_lock(tmp_path):
     with pytest.raises(KeyError), folder.Lock(tmp_path):
         raise KeyError
