@@ -349,5 +349,9 @@ def probe_sets(cfg, run):
         return None
     changes = {"data": cfg.probe_data or cfg.data, "labels": cfg.probe_labels}
     cfg = types.SimpleNamespace(**vars(cfg) | changes)
-    sets = labelled_set(cfg, "train", augment=False), labelled_set(cfg, "val")
+    try:
+        sets = labelled_set(cfg, "train", augment=False), labelled_set(cfg, "val")
+    except (ValueError, OSError) as error:
+        raise ValueError("--probe_epochs compares images with labels, and --probe_data names "
+                         f"those if they are not in --data: {error}") from error
     return [evaluation(dataset, cfg, run) for dataset in sets]

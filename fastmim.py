@@ -336,7 +336,7 @@ def reconstruct(model, imgs, noise):
         pred = F.pixel_shuffle(layers.as_map(pred, (h, w)), size)  # (B, 9*C, H/cell, W/cell)
         hidden = layers.expand_mask(mask, model.grid, model.mask_unit // model.cell)[:, None]
         rows["HOG"] = figures.glyphs(target)
-        rows["prediction"] = figures.glyphs(pred)
+        rows["prediction"] = figures.glyphs(figures.dimmed(pred, hidden))
         rows["prediction\nand visible"] = figures.glyphs(torch.where(hidden, pred, target))
         return rows
 
@@ -346,7 +346,8 @@ def reconstruct(model, imgs, noise):
         pred = pred * std + mean
         note = "\n(true mean and std\nof each token)"
     pred = layers.unpatchify(pred, model.stride, (h, w))  # (B, C, H, W)
-    rows["prediction" + note] = transforms.denormalize(pred, model.cfg)
+    seen = figures.dimmed(pred, hidden)
+    rows["prediction" + note] = transforms.denormalize(seen, model.cfg)
     rows["prediction\nand visible"] = transforms.denormalize(
         torch.where(hidden, pred, imgs), model.cfg)
     return rows
@@ -407,7 +408,7 @@ def main(argv=None):
         run.log(step, batch_size, loss, lr, grad_norm)
         if run.picture_due(step):
             rows = reconstruct(model, preview[0][:8], preview[1][:8])
-            figures.grid(run.picture_path(step), rows, f"step {step + 1}")
+            figures.grid(run.picture_path(step), rows, run.picture_title(step))
         if run.save_due(step):
             run.save(step, model, optimizer)
         if run.stop_requested:

@@ -118,6 +118,10 @@ class Config(config.RunConfig):
         if self.init == "none" and self.model == "auto":
             raise ValueError("--init none needs a --model")
 
+    def next_commands(self):
+        return [f"python -m tools.show IMAGE --init {self.out}/encoder.pt",
+                f"python -m tools.show --confusion {self.out}/result.json"]
+
     def evaluates_only(self):
         return self.eval or self.mode == "knn"
 
@@ -447,8 +451,7 @@ def main(argv=None):
         sampler = data.global_batches(len(dataset), cfg, run)
         optimizer = build_optimizer(cfg, model)
         schedule = optim.Schedule(cfg, sampler.steps_per_epoch)
-        start_step = run.begin(model, optimizer, schedule, sampler, dataset,
-                               images=len(dataset))
+        start_step = run.begin(model, optimizer, schedule, sampler, dataset)
     if cfg.head_start == "probe" and start_step == 0:
         plain = data.evaluation(data.labelled_set(cfg, "train", augment=False), cfg, run)
         features, labels = neighbours.extract(run, model.encoder, plain, model.pool)

@@ -248,7 +248,7 @@ def reconstruct(model, imgs, noise):
     rows = {
         "original": patches,
         "masked": patches.masked_fill(hidden, 0.0),
-        "prediction" + note: pred,
+        "prediction" + note: figures.dimmed(pred, hidden),
         "prediction\nand visible": torch.where(hidden, pred, patches),
     }
     rows = {title: layers.unpatchify(row, model.patch_size, model.grid)
@@ -311,7 +311,7 @@ def main(argv=None):
         run.log(step, batch_size, loss, lr, grad_norm)
         if run.picture_due(step):
             rows = reconstruct(model, preview[0][:8], preview[1][:8])
-            figures.grid(run.picture_path(step), rows, f"step {step + 1}")
+            figures.grid(run.picture_path(step), rows, run.picture_title(step))
         if run.save_due(step):
             run.save(step, model, optimizer)
         if run.stop_requested:

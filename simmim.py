@@ -208,7 +208,7 @@ def reconstruct(model, imgs, noise):
     if model.cfg.target == "window_pixels":
         note = "\n(47 x 47 normalised)"
         rows["target" + note] = target
-    rows["prediction" + note] = pred
+    rows["prediction" + note] = figures.dimmed(pred, hidden)
     rows["prediction\nand visible" + note] = torch.where(hidden, pred, target)
     return {title: transforms.denormalize(row, model.cfg) for title, row in rows.items()}
 
@@ -268,7 +268,7 @@ def main(argv=None):
         run.log(step, batch_size, loss, lr, grad_norm)
         if run.picture_due(step):
             rows = reconstruct(model, preview[0][:8], preview[1][:8])
-            figures.grid(run.picture_path(step), rows, f"step {step + 1}")
+            figures.grid(run.picture_path(step), rows, run.picture_title(step))
         if run.save_due(step):
             run.save(step, model, optimizer)
         if run.stop_requested:

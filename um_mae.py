@@ -298,7 +298,8 @@ def reconstruct(model, imgs, noise):
         "uniform sampling": layers.unpatchify(units.masked_fill(dropped, 0.0), unit, model.grid),
         "secondary masking": visible,
         "compact image": model.compact(visible, ids_keep),
-        "prediction" + note: layers.unpatchify(pred, unit, model.grid),
+        "prediction" + note:
+            layers.unpatchify(figures.dimmed(pred, dropped), unit, model.grid),
         "prediction\nand kept":
             layers.unpatchify(torch.where(dropped, pred, units), unit, model.grid),
     }
@@ -360,7 +361,7 @@ def main(argv=None):
         run.log(step, batch_size, loss, lr, grad_norm)
         if run.picture_due(step):
             rows = reconstruct(model, preview[0][:8], preview[1][:8])
-            figures.grid(run.picture_path(step), rows, f"step {step + 1}")
+            figures.grid(run.picture_path(step), rows, run.picture_title(step))
         if run.save_due(step):
             run.save(step, model, optimizer)
         if run.stop_requested:

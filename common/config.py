@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -57,6 +58,7 @@ class RunConfig:
     plan: bool = False  # print parameters, FLOPs and memory per micro_batch, and stop
     # Log
     log_every: int = 50  # steps between lines of log.jsonl
+    logger: str = "none"  # beside log.jsonl: tensorboard, wandb or csv
     picture_epochs: float = 20.0  # epochs between pictures of reconstructions
     probe_epochs: float = 0.0  # epochs between k-NN probes of the encoder, which change nothing; 0 for none
     probe_data: str = ""  # labelled data of the probe; --data if empty
@@ -67,7 +69,8 @@ class RunConfig:
 
     def check(self):
         """ValueError for numbers that make no run; of each script's recipe, too."""
-        one_of(self, schedule="cosine step", device="auto cpu cuda mps", precision="auto bf16 fp16 fp32")
+        one_of(self, schedule="cosine step", device="auto cpu cuda mps", precision="auto bf16 fp16 fp32",
+               logger="none tensorboard wandb csv")
         positive = "batch_size micro_batch epochs log_every save_minutes save_epochs timeout_minutes"
         not_negative = ("warmup_epochs base_lr min_lr weight_decay clip_grad workers max_steps picture_epochs "
                         "probe_epochs probe_labels")
@@ -87,6 +90,15 @@ class RunConfig:
     def evaluates_only(self):
         """Do the options ask for an evaluation alone, without a step of training?"""
         return False
+
+    def next_commands(self):
+        """What may be typed after a run, printed at its end: after pre-training, how to fine-tune its encoder."""
+        recipes = {"shapes": "finetune_tiny", "cifar10": "cifar10_finetune", "cifar100": "cifar10_finetune"}
+        words = ["--config", f"configs/{recipes[self.data]}.yaml"] if self.data in recipes else []
+        words += ["--init", f"{self.out}/encoder.pt"]
+        if self.data not in ("shapes", "cifar10"):  # those are in the recipe
+            words += ["--data", self.data]
+        return [shlex.join(["python", "finetune.py", *words, "--out", f"{self.out}_tuned"])]
 
     def fixed_options(self):
         """The options that a resumed run must share with its beginning: all that can change a number."""

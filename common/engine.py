@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -28,10 +29,10 @@ from torch.distributed.elastic.multiprocessing import errors
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from common import checkpoint, config, folder, processes, transforms
+from common import checkpoint, config, folder, loggers, processes, transforms
 
 FILES = ("config.yaml", "log.jsonl", "result.json", "last.pt", "encoder.pt", "previous.last.pt", "previous.encoder.pt",
-         "refused.last.pt")
+         "refused.last.pt", "log.csv", "wandb_id.txt")
 
 
 def record(main):
@@ -94,6 +95,7 @@ class Run:
                 raise ValueError("--data is required: shapes, cifar10, cifar100 or a folder; a recipe may set it")
             cfg.check()
             check_batch(cfg, self.world_size)
+            loggers.require(cfg.logger)
             self.device, self.dtype = choose_device(cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.out, self.lock = Path(cfg.out), folder.Lock(cfg.out)
@@ -102,8 +104,10 @@ class Run:
         self.start_step = self.last_step = self.steps_per_epoch = self.steps_done = 0
         self.caught_signal, self.stop_requested = 0, False  # by this process, by any process
         self.previous_handlers, self.bar, self.batches, self.model = {}, None, None, None
+        self.write_line, self.close_logger = None, None  # of --logger
         self.images_of_run, self.goes_on_from = {}, None  # see describe_images; the checkpoint that was loaded
         self.logged_step, self.images, self.data_wait = 0, 0, 0.0  # since the last line of the log
+        self.loss = math.nan  # of the last step
         self.sums = collections.Counter()  # since then: of the loss, and of its parts where it has several
         self.begin_time = self.log_time = self.save_time = time.monotonic()
 
@@ -119,9 +123,9 @@ class Run:
 
     # -------------------- Before the loop
     def begin(self, model, optimizer, schedule, sampler, dataset, **about):
-        """Make --out this run's folder, load the checkpoint if --resume finds one, set up signals and progress bar.
-        Returns the step to begin with. `about` is printed and kept in config.yaml. ValueError or OSError, and --out is
-        left alone, if it is used or not writable, or if the checkpoint does not fit."""
+        """Make --out this run's folder, load the checkpoint if --resume finds one, print what the run is, set up
+        signals and logger. Returns the step to begin with. `about` is printed and kept in config.yaml. ValueError or
+        OSError, and --out is left alone, if it is used or not writable, or if the checkpoint does not fit."""
         cfg = self.cfg
         require_two_images(model, sampler)
         if schedule.steps < 1:
@@ -134,7 +138,7 @@ class Run:
                 restore = functools.partial(self.restore, model=model, optimizer=optimizer, schedule=schedule)
                 saved = checkpoint.read_newest(self.out / "last.pt", restore)
             if self.is_main:
-                self.take_folder(saved, about)
+                self.take_folder(saved, {"images": len(dataset), **about})
 
         self.start_step = self.steps_done = self.logged_step = saved["step"] if saved else 0
         if saved and "sums" in saved:  # since the last line of the log; a file of an earlier version has none
@@ -144,15 +148,18 @@ class Run:
         self.previous_handlers = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM)}
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         share, micro_batch = cfg.batch_size // self.world_size, cfg.micro_batch
-        head = {"parameters": f"{parameters / 1e6:.2f} M",
+        classes = f" of {len(dataset.source.classes)} classes" if dataset.source.classes else ""
+        head = {"method": type(model).__name__, "data": f"{cfg.data}, {len(dataset)} images{classes}",
+                "model": f"{cfg.model}, images of {cfg.img_size[0]} x {cfg.img_size[1]} px",
+                "parameters": f"{parameters / 1e6:.2f} M",
                 "steps": f"{self.start_step} to {self.last_step} of {schedule.steps}", **about,
                 "batch": f"{cfg.batch_size} = {self.world_size} processes x {share}, {min(micro_batch, share)} a time",
-                "precision": f"{self.dtype} on {self.device}"}
+                "precision": f"{self.dtype} on {self.device}", "out": self.out}
         for name, value in head.items():
             config.print_once(f"{name.replace('_', ' '):>26}: {value}")
-        self.bar = tqdm(total=self.last_step, initial=self.start_step, disable=None if self.is_main else True,
-                        dynamic_ncols=True, unit="step")
-        self.begin_time = self.log_time = self.save_time = time.monotonic()
+        if self.is_main:
+            options = config.to_plain(dataclasses.asdict(cfg))
+            self.write_line, self.close_logger = loggers.open_logger(cfg.logger, self.out, self.start_step, options)
         self.model = model
         return self.start_step
 
@@ -239,6 +246,7 @@ class Run:
         """The model that the loop calls: compiled if asked for, its gradients averaged over processes."""
         if self.cfg.compile:
             model.compile()
+            config.print_once("compiling, with the first step: this may take minutes")
         if self.world_size == 1:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
@@ -246,7 +254,10 @@ class Run:
 
     # -------------------- Beside the loop
     def timed(self, batches):
-        """The same batches; the time spent waiting for them is counted for the log."""
+        """The same batches; the time spent waiting for them is counted for the log. The progress bar begins here."""
+        self.bar = tqdm(total=self.last_step, initial=self.start_step, disable=None if self.is_main else True,
+                        dynamic_ncols=True, unit="step", desc="compiling" if self.cfg.compile else None)
+        self.begin_time = self.log_time = self.save_time = time.monotonic()
         self.batches = self.count_waiting(batches)
         return self.batches
 
@@ -287,11 +298,12 @@ class Run:
 
     def log(self, step, batch_size, loss, lr, grad_norm):
         """Count a finished step; every `log_every` steps write a line to log.jsonl and to the terminal."""
-        self.steps_done = step + 1
+        self.steps_done, self.loss = step + 1, loss
         self.images += batch_size
         self.sums["loss"] += loss
         for name, term in getattr(self.model, "terms", {}).items():  # of this process's last micro-batch
             self.sums[name] += term
+        self.bar.set_description(None, refresh=False)  # nothing is compiling any more
         self.bar.update()
         if not self.is_main or (self.steps_done % self.cfg.log_every and self.steps_done < self.last_step):
             return
@@ -304,13 +316,13 @@ class Run:
         self.note(step=self.steps_done, epoch=round(self.steps_done / self.steps_per_epoch, 4), loss=mean_loss, lr=lr,
                   grad_norm=grad_norm if math.isfinite(grad_norm) else None,
                   images_per_s=round(images_per_s, 1), data_wait=round(waiting, 3), **terms)
-        rate, wait = f"{images_per_s:.0f}", f"{waiting:.0%}"
-        self.bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{lr:.1e}", images_s=rate, wait=wait)
-        if self.bar.disable:  # not a terminal
-            per_step = (now - self.begin_time) / (self.steps_done - self.start_step)
-            left = datetime.timedelta(seconds=round(per_step * (self.last_step - self.steps_done)))
-            print(f"step {self.steps_done}/{self.last_step}  loss {mean_loss:.4f}  lr {lr:.2e}  {rate} images/s  "
-                  f"waiting for data {wait}  {left} left", flush=True)
+        per_step = (now - self.begin_time) / (self.steps_done - self.start_step)
+        left = datetime.timedelta(seconds=round(per_step * (self.last_step - self.steps_done)))
+        averaged, rate = f"loss {mean_loss:.4f} (mean of {num_steps} steps)", f"{images_per_s:.0f} images/s"
+        self.bar.set_postfix_str(f"{averaged}, {rate}")
+        self.bar.write(f"step {self.steps_done}/{self.last_step}  {averaged}  lr {lr:.2e}  {rate}  "
+                       f"waiting for data {waiting:.0%}  {left} left")
+        sys.stdout.flush()
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             config.fail("fp16: the gradients overflow at a loss scale below 1; use --precision bf16 or fp32")
         self.logged_step, self.images, self.data_wait = self.steps_done, 0, 0.0
@@ -331,6 +343,8 @@ class Run:
                 file.truncate(size)
                 error.filename = str(path)
                 raise
+            if self.write_line:
+                self.write_line(line)
 
     def due(self, step, epochs):
         """Is it time, after this step, for what happens every so many epochs (0 for never) and after the last step?"""
@@ -338,7 +352,16 @@ class Run:
         return (epochs > 0 and (step + 1) % every == 0) or step + 1 == self.last_step
 
     def picture_due(self, step):
-        return self.is_main and self.due(step, self.cfg.picture_epochs)
+        """Every `picture_epochs`, after the last step and, if more than one is drawn, after the first one, too: where
+        the learning rate warms up from 0, that shows the network before it has learned."""
+        is_first = step == 0 and 0 < self.cfg.picture_epochs <= self.cfg.epochs
+        return self.is_main and (is_first or self.due(step, self.cfg.picture_epochs))
+
+    def picture_title(self, step):
+        """Method, ratios, step and its loss."""
+        ratios = [f"{name} {value:g}" for name, value in vars(self.cfg).items() if name.endswith("_ratio") and value]
+        about = [type(self.model).__name__, *ratios, f"step {step + 1}", f"loss {self.loss:.4f}"]
+        return ", ".join(about)
 
     def picture_path(self, step):
         return self.out / "pictures" / f"step_{step + 1:07d}.png"
@@ -371,11 +394,14 @@ class Run:
 
     # -------------------- After the loop
     def finish(self):
-        """Leave the process group; if the loop was left early, print how to go on and exit with 128 + the signal."""
+        """Leave the process group, and print what to type next; if the loop was left early, that is how to go on, and
+        the exit code is 128 + the signal."""
         self.bar.close()
         self.batches.close()
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+        if self.close_logger:
+            self.close_logger()
         self.lock.release()
         if self.world_size > 1:  # any process may have caught it; and all wait until the main one has written
             caught = torch.tensor(self.caught_signal, device=self.device)
@@ -384,8 +410,14 @@ class Run:
         leave_processes()
         if self.steps_done < self.last_step:
             done = f"{self.steps_done} of {self.last_step}"
-            config.print_once(f"stopped after step {done} and saved; add --resume to go on")
+            config.print_once(f"stopped after step {done} and saved; this goes on:\n  {command_again(self.world_size)}")
             raise SystemExit(128 + (self.caught_signal or signal.SIGTERM))
+        if self.is_main:
+            shown = [name for name in ("encoder.pt", "last.pt", "log.jsonl", "log.csv", "result.json", "pictures/")
+                     if (self.out / name).exists()]
+            config.print_once(f"{self.out} holds {', '.join(shown)}; next:")
+            for command in self.cfg.next_commands():
+                config.print_once(f"  {command}")
 
 
 # ---------------------------------------- What Run is made of
@@ -425,6 +457,18 @@ def choose_device(cfg):
         automatic = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     precision = automatic if cfg.precision == "auto" else cfg.precision
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def command_again(world_size):
+    """The command that started this process, or torchrun, with --resume."""
+    words = [word for word in sys.orig_argv[1:] if word not in ("-u", "--overwrite")]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc-per-node", str(local)]
+    if world_size > local:
+        launcher += ["--nnodes", str(world_size // local), "..."]
+    return shlex.join([*launcher, *words, *["--resume"] * ("--resume" not in words)])
 
 
 def describe_images(source):

@@ -10,6 +10,8 @@ import torch
 from common.config import print_once, user_errors
 from common.folder import replacing
 
+DPI = 120  # pixels of a picture in an inch
+
 
 @functools.cache
 def can_draw():
@@ -30,7 +32,7 @@ def new_figure(width, height):
         with user_errors():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as part:
-                figure.savefig(part, dpi=120, format=Path(path).suffix[1:] or "png")
+                figure.savefig(part, dpi=DPI, format=Path(path).suffix[1:] or "png")
 
     return figure, save
 
@@ -39,6 +41,12 @@ def as_picture(img):
     """(C, H, W) in [0, 1] -> what imshow takes: (H, W, 3), or (H, W) grey if there are no three channels to show."""
     shown = img[:3].permute(1, 2, 0) if len(img) >= 3 else img[0]  # (H, W, 3) or (H, W)
     return shown.cpu().numpy()
+
+
+def dimmed(pred, hidden, share=0.3):
+    """A prediction with less contrast where it is not `hidden`, a mask that broadcasts to it: no loss applies there,
+    and what is predicted may be anything."""
+    return torch.where(hidden, pred, share * pred)
 
 
 def glyphs(cells, bins=9, size=15):
@@ -57,22 +65,24 @@ def glyphs(cells, bins=9, size=15):
     return torch.stack(drawn).amax(dim=0)[:, None].clamp(max=1)  # (B, 1, h*size, w*size)
 
 
-def grid(path, rows, title="", columns=(), side=1.15):
+def grid(path, rows, title="", columns=(), side=0.0):
     """Rows of images, {row title: (B, C, H, W) in [0, 1]}, as a PNG with each row named at its left, each of `columns`
-    above it, and images `side` inches wide."""
+    above it, and images `side` inches wide; by default 1.15 to 2.5, so that their pixels show."""
     if not can_draw():
         return
     first = next(iter(rows.values()))
     count, (H, W) = len(first), first.shape[2:]
-    figure, save = new_figure(1.1 + side * count, 0.4 + side * len(rows) * H / W)
+    side = side or min(2.5, max(1.15, *(imgs.shape[3] / DPI for imgs in rows.values())))
+    scale = side / 1.15
+    figure, save = new_figure(1.1 * scale + side * count, 0.4 * scale + side * len(rows) * H / W)
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, imgs) in zip(axes, rows.items(), strict=True):
         for axis, img in zip(line, imgs.float(), strict=True):
             axis.imshow(as_picture(img), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9 * scale)
     for axis, name in zip(axes[0], columns, strict=False):
-        axis.set_title(name, fontsize=9, parse_math=False)  # a $ is a $
-    figure.suptitle(title, fontsize=10)
+        axis.set_title(name, fontsize=9 * scale, parse_math=False)  # a $ is a $
+    figure.suptitle(title, fontsize=10 * scale)
     save(path)

@@ -88,6 +88,10 @@ class Config(config.RunConfig):
         if self.init == "none" and (self.eval or self.model == "auto"):
             raise ValueError("--eval needs an encoder and its head in --init, and training without --init a --model")
 
+    def next_commands(self):
+        return [f"python -m tools.dense --eval --task {self.task} --init {self.out}/encoder.pt --data {self.data} "
+                f"--out {self.out}_eval"]
+
     def evaluates_only(self):
         return self.eval
 
@@ -197,7 +201,7 @@ def main(argv=None):
         groups = optim.parameter_groups(model, cfg.weight_decay, optim.layer_decay(model, cfg.layer_decay))
         optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
         schedule = optim.Schedule(cfg, sampler.steps_per_epoch)
-        start_step = run.begin(model, optimizer, schedule, sampler, dataset, images=len(dataset))
+        start_step = run.begin(model, optimizer, schedule, sampler, dataset)
     net = run.distribute(model)
     batches = data.loader(dataset, sampler.batches(start_step, run.last_step), cfg.workers)
     batches = run.timed(batches)
