@@ -332,8 +332,8 @@ def reconstruct(model, imgs, noise):
 
     if model.cfg.target == "hog":
         size = model.stride // model.cell
-        target = F.pixel_shuffle(layers.as_map(target, (h, w)), size)  # (B, 9*C, H/cell, W/cell)
-        pred = F.pixel_shuffle(layers.as_map(pred, (h, w)), size)  # (B, 9*C, H/cell, W/cell)
+        target = F.pixel_shuffle(layers.as_map(target, (h, w)), size)  # (B, C*9, H/cell, W/cell)
+        pred = F.pixel_shuffle(layers.as_map(pred, (h, w)), size)  # (B, C*9, H/cell, W/cell)
         hidden = layers.expand_mask(mask, model.grid, model.mask_unit // model.cell)[:, None]
         rows["HOG"] = figures.glyphs(target)
         rows["prediction"] = figures.glyphs(figures.dimmed(pred, hidden))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import transforms
 from tools import runner
 from tools.trials import ROOT
 
@@ -99,6 +100,11 @@ def batch(model, B=3, seed=0):
     draw = torch.Generator().manual_seed(seed)
     shape = (B, model.cfg.in_chans, *model.cfg.img_size)
     return torch.randn(shape, generator=draw), torch.rand(B, model.num_noise, generator=draw)
+
+
+def dimmed(imgs, hidden):
+    """Normalised images (B, 3, H, W) as pictures show a prediction: with less contrast where it is not hidden."""
+    return transforms.denormalize(torch.where(hidden, imgs, 0.3 * imgs))
 
 
 def gradients(model, imgs, noise):

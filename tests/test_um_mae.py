@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, batch, equal, flags, gradients, log_of
+from conftest import ROOT, batch, dimmed, equal, flags, gradients, log_of
 from encoders import read_encoder
 
 import finetune
@@ -416,8 +416,10 @@ def test_reconstruct(kind, target, monkeypatch):
                                                         "compact image", "prediction", "prediction"]
     assert len([title for title in rows if "true mean" in title]) == (target == "norm_pixels")
     exact, sampled, hidden, compact, pred, pasted = rows.values()
-    for row in (exact, pred, pasted):
+    for row in (exact, pasted):
         torch.testing.assert_close(row, original / 255, rtol=0, atol=2e-3)
+    is_dropped = layers.expand_mask(dropped, model.grid, 8)[:, None]  # (B, 1, H, W)
+    torch.testing.assert_close(pred, dimmed(imgs, is_dropped), rtol=0, atol=2e-3)
     assert compact.shape == (4, 3, 32, 64) and all(0 <= row.min() and row.max() <= 1 for row in rows.values())
     exact, sampled, hidden = (layers.patchify(row, 8) for row in (exact, sampled, hidden))
     behind = torch.zeros_like(dropped).scatter(1, ids_keep, secondary)
@@ -448,11 +450,11 @@ VIT = {"model": "vit_tiny", "patch_size": 8, "sampling": "random"}
 @pytest.mark.parametrize("kind,changes", [("swin", {}), ("pvt", {"model": "pvt_tiny"}), ("vit", VIT)],
                          ids=["swin", "pvt", "vit"])
 def test_a_run_and_fine_tuning_at_full_resolution(kind, changes, run, tmp_path):
-    """Three steps and a picture; a stopped and resumed run ends bit-identical; micro-batches are one batch; encoder.pt
+    """Three steps, two pictures; a stopped and resumed run ends bit-identical; micro-batches are one batch; encoder.pt
     makes an encoder of the full map, with the windows and reductions of the full map, and trains."""
     done = run("whole", **changes)
     assert done.code == 0 and done.err == "" and "unit mean" in done.out
-    assert len(list((tmp_path / "whole" / "pictures").glob("*.png"))) == 1
+    assert len(list((tmp_path / "whole" / "pictures").glob("*.png"))) == 2  # after the first and the last step
     assert run("parts", **{**changes, "max_steps": 1}).code == 0 and run("parts", resume=True, **changes).code == 0
     whole, parts = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
     assert equal(whole["model"], parts["model"]) and equal(whole["optimizer"], parts["optimizer"])

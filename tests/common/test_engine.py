@@ -1,9 +1,11 @@
 """engine.py: the statistics, the log, what is due, and the checks that stop a run."""
 
+import io
 import json
 import math
 import re
 import resource
+import sys
 import time
 import types
 
@@ -74,6 +76,47 @@ def test_a_mistake_is_no_want(capsys):
         engine.record(main)()
 
 
+def test_lines_stay_in_a_terminal_too(tmp_path, capsys):
+    """Above the bar, whose loss says what it is the mean of."""
+    run, screen = make_run(tmp_path, log_every=4), io.StringIO()
+    run.bar = tqdm.tqdm(total=10, file=screen, ncols=200)
+    for step in range(10):
+        run.log(step, 8, float(step), 0.1, 2.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == ["4/10", "8/10", "10/10"]
+    assert "loss 8.5000 (mean of 2 steps)" in screen.getvalue()
+
+
+def test_a_compiling_run_says_so_until_its_first_step(tmp_path, capsys, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run = make_run(tmp_path, compile=True)
+    assert isinstance(run.distribute(torch.nn.Linear(1, 1)), torch.nn.Linear)
+    assert "compiling" in capsys.readouterr().out
+    run.timed(iter(()))
+    assert run.bar.desc == "compiling: "
+    run.log(0, 8, 1.0, 0.1, 1.0)
+    assert run.bar.desc == ""
+
+
+def test_a_title_names_method_ratio_step_and_loss(tmp_path):
+    run = make_run(tmp_path, log_every=100)
+    run.model = types.SimpleNamespace()
+    run.log(6, 8, 0.12345, 0.1, 1.0)
+    assert run.picture_title(6) == "SimpleNamespace, mask_ratio 0.75, step 7, loss 0.1235"
+
+
+def test_how_to_go_on_is_the_command_that_was_typed(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-u", "mae.py", "--out", "a b", "--overwrite"])
+    assert engine.command_again(1) == "python mae.py --out 'a b' --resume"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert engine.command_again(2) == "torchrun --nproc-per-node 2 mae.py --out 'a b' --resume"
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "mae.py", "--resume"])
+    assert engine.command_again(4) == "torchrun --nproc-per-node 2 --nnodes 2 ... mae.py --resume"
+
+
 def test_log_is_silent_on_other_processes(tmp_path, capsys):
     run = make_run(tmp_path, log_every=1)
     run.is_main = False
@@ -101,6 +144,10 @@ def test_probes_and_pictures_are_due(tmp_path):
     assert [step + 1 for step in range(10) if run.probe_due(step)] == [5, 10]
     assert [step + 1 for step in range(10) if run.picture_due(step)] == [10]
     assert not any(make_run(tmp_path).probe_due(step) for step in range(10))
+    run = make_run(tmp_path, picture_epochs=1)
+    assert [step + 1 for step in range(10) if run.picture_due(step)] == [1, 5, 10]
+    run = make_run(tmp_path, picture_epochs=9, epochs=2)
+    assert [step + 1 for step in range(10) if run.picture_due(step)] == [10]
 
 
 def test_statistics_of_one_process(tmp_path):
