@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing import errors
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from common import checkpoint, config, folder, loggers, processes, transforms
+from common import checkpoint, config, folder, jpeg, loggers, processes, transforms
 
 FILES = ("config.yaml", "log.jsonl", "result.json", "last.pt", "encoder.pt", "previous.last.pt", "previous.encoder.pt",
          "refused.last.pt", "log.csv", "wandb_id.txt")
@@ -203,7 +203,7 @@ class Run:
                     path.unlink()
             origin = {"command": " ".join(sys.argv), "commit": config.git_commit(), "torch": str(torch.__version__),
                       "python": platform.python_version(), "device": str(self.device), "dtype": str(self.dtype),
-                      "processes": self.world_size, **(about or {})}
+                      "processes": self.world_size, "jpeg": jpeg.decoder(), **(about or {})}
             content = config.to_plain({**dataclasses.asdict(self.cfg), "run": origin})
             folder.write_text(self.out / "config.yaml", yaml.safe_dump(content, sort_keys=False))
 

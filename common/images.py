@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common import files
+from common import files, jpeg
 from common.config import print_once, printable
 from common.files import EXTENSIONS, opened
 from common.folder import require_regular
@@ -96,10 +96,17 @@ def read_picture(path, in_chans, min_side, value_range):
             turn = files.orientation(image)  # after loading, which turns a TIFF
             image = from_numbers(wide, value_range, bands, files.is_negative(image))
             image.getexif()[files.ORIENTATION] = turn
-        elif min_side:
-            # DIFF: a huge JPEG is decoded at 1/2, 1/4 or 1/8 where no crop could have used more pixels (`min_side`).
-            image.draft(None, (min_side, min_side))  # does nothing to other formats
-        image = ImageOps.exif_transpose(image)
+        else:
+            size = image.size
+            if min_side:
+                # DIFF: a huge JPEG is decoded at 1/2, 1/4 or 1/8 where no crop could have used more pixels
+                # (`min_side`).
+                image.draft(None, (min_side, min_side))  # does nothing to other formats
+            if image.size == size and image.mode == PIL_MODE[in_chans or 3]:
+                array = jpeg.decode(image)
+                if array is not None:
+                    return jpeg.upright(array, files.orientation(image))
+        ImageOps.exif_transpose(image, in_place=True)  # no copy of those that are upright
 
         if bands:  # as they are; of RGB, Pillow keeps the fourth as padding
             (w, h), mode = image.size, "RGBX" if image.mode == "RGB" else "RGBA"
@@ -108,7 +115,8 @@ def read_picture(path, in_chans, min_side, value_range):
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-        return np.array(image.convert(PIL_MODE[in_chans or 3]))
+        mode = PIL_MODE[in_chans or 3]
+        return np.array(image if image.mode == mode else image.convert(mode))
 
 
 def from_numbers(array, value_range, bands, is_negative):

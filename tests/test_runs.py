@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 import finetune
 import lut
 import mae
-from common import config, engine, optim
+from common import config, engine, jpeg, optim
 from tools.trials import finish, fork, start, torchrun
 
 SCRIPTS = {"mae": mae, "finetune": finetune}
@@ -799,6 +799,7 @@ def test_config_yaml_can_be_run_again(tiny, call, tmp_path):
     record = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
     about = record.pop("run")
     assert {"commit", "torch", "python", "processes", "lr"} <= about.keys()
+    assert about["jpeg"] == jpeg.decoder()
     assert set(record) == set(vars(mae.Config())) and record["img_size"] == [16, 16]
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(record))
     assert call(mae.main, ["--config", tmp_path / "again.yaml", *flags(out=tmp_path / "b")]).code == 0
