@@ -3,7 +3,6 @@
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 
 import fastmim
 import lut
@@ -68,40 +67,16 @@ def class_of(options):
     return None
 
 
-def has_loss(model, noise):
-    """Where is a loss taken? bool (B, 1, h, w), a value for each patch or unit of masking. `noise` (B, num_noise)."""
-    h, w = model.grid
-    numbers = h * w  # others are for stochastic depth, or for view 2
-    if isinstance(model, um_mae.UMMAE):
-        numbers *= 2  # for two masks
-    mask = model.mask(noise[:, :numbers])
-    if isinstance(mask, tuple):  # behind what is kept
-        mask = mask[-1]
-    return mask[: len(noise)].view(-1, 1, h, w)  # of LUT's two views the first is predicted
-
-
-def dimmed(imgs, lit):
-    """imgs (B, C, H, W) in [0, 1], nearly grey where `lit` (B, 1, h, w) is False."""
-    lit = F.interpolate(lit.float(), imgs.shape[2:], mode="nearest") > 0  # (B, 1, H, W)
-    return torch.where(lit, imgs, 0.15 * imgs + 0.425)
-
-
 @torch.no_grad()
 def reconstruction(model, imgs, seed=0):
     """({row title: images (B, C, H, W) in [0, 1]}, title with method, masking and loss) of normalised imgs (B, C, H,
-    W). Patches without a loss are noise in a prediction, which nothing has trained, and dimmed."""
+    W)."""
     script = SCRIPTS[type(model)]
     noise = randomness.noise(seed, 0, len(imgs), model.num_noise, use="sample")  # (B, num_noise)
     if hasattr(model, "input_shape"):  # pairs of views: here both are the image
         imgs = torch.stack([imgs, imgs], dim=1)  # (B, 2, C, H, W)
     loss = model(imgs, noise).item()
-    rows = {}
-    for title, row in script.reconstruct(model, imgs, noise).items():
-        is_bare = title.startswith("prediction") and "\nand " not in title
-        if is_bare:
-            rows[f"{title}\n(grey: no loss)"] = dimmed(row, has_loss(model, noise))
-        else:
-            rows[title] = row
+    rows = script.reconstruct(model, imgs, noise)
 
     cfg = model.cfg
     method = script.__doc__.partition(":")[0]
