@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 import torchvision
-from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer, swin_transformer
+from torchvision.models import ConvNeXt, MaxVit, SwinTransformer, VisionTransformer, swin_transformer
 from torchvision.models.convnext import CNBlockConfig
 
 import finetune
@@ -20,6 +20,8 @@ SMALL = {  # torchvision's classes in small: its published sizes take a second o
                          downsample_layer=swin_transformer.PatchMergingV2),
     "convnext_tiny": lambda: ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, 64, 1), CNBlockConfig(64, 96, 1),
                                        CNBlockConfig(96, None, 1)], stochastic_depth_prob=0.1, layer_scale=1.0),
+    "maxvit_t": lambda input_size: MaxVit(input_size, stem_channels=8, partition_size=7, block_channels=[8, 16],
+                                          block_layers=[1, 1], head_dim=8, stochastic_depth_prob=0.1),
     "vit_b_32": lambda image_size=224: VisionTransformer(image_size, 32, 2, 2, 48, 96)}
 
 

@@ -23,9 +23,9 @@ def tidy(axis, title="", **labels):
 
 
 def panels(count, width=2.9, height=2.9, **options):
-    """(save, axes) of so many panels, four in a row."""
-    columns = min(4, count)
-    rows = -(-count // columns)
+    """(save, axes) of so many panels, up to four in a row, as many in each as they can be."""
+    rows = -(-count // 4)
+    columns = -(-count // rows)
     figure, save = figures.new_figure(max(3.6, width * columns), height * rows)
     axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
     for axis in axes[count:]:

@@ -80,14 +80,17 @@ STYLE = """body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-widt
   background: #fff; overflow-wrap: break-word; }
 h1 { line-height: 1.2; } section { border-top: 1px solid #ddd; margin-top: 2rem; }
 nav a { margin-right: .8rem; white-space: nowrap; } p { max-width: 46rem; }
-img { max-width: 100%; height: auto; display: block; margin: 1rem 0; } .about { color: #555; font-size: .875rem; }
+.figure { display: block; overflow-x: auto; } /* on a phone a figure is wider than the page, and scrolls */
+img { max-width: max(100%, 44rem); height: auto; display: block; margin: 1rem 0; }
+.about { color: #555; font-size: .875rem; }
 """
 
 
 def section(name, record):
     heading, shown, found = (html.escape(text) for text in TEXTS[name])
-    figures = "\n".join(f'<a href="{figure}"><img src="{figure}" alt="{heading}: {shown}" loading="lazy"></a>'
-                        for figure in map(html.escape, record.get("figures", [])))
+    figures = "\n".join(
+        f'<a class="figure" href="{figure}"><img src="{figure}" alt="{heading}: {shown}" loading="lazy"></a>'
+        for figure in map(html.escape, record.get("figures", [])))
     return f"""<section id="{name}">
 <h2>{heading}</h2>
 <p>{shown}</p>

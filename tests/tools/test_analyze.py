@@ -5,6 +5,7 @@ import json
 import pickle
 import types
 
+import browser
 import pytest
 import torch
 import torchvision
@@ -100,6 +101,30 @@ def test_a_page_gathers_what_lies_in_its_folder(call, encoders, folder, tmp_path
     analyse(call, "kl", "--checkpoints", encoders["vit"], "--data", folder, "--images", 4, out=tmp_path)
     page = Links(tmp_path / "index.html")
     assert [link for link in page.found if link.endswith(".json")] == ["kl.json", "avgdist.json"]
+
+
+def test_the_page_in_a_browser(call, encoders, folder, tmp_path):
+    """Wide and on a phone: nothing but a figure scrolls sideways, all figures are shown in a size that can be read, and
+    nothing is asked of a network."""
+    if browser.FOUND is None:
+        pytest.skip("no Chromium")
+    for name in ("kl", "cka"):
+        analyse(call, name, "--checkpoints", *[encoders[name] for name in ("vit", "other", "swin")], "random", "random",
+                "--data", folder, "--images", 8, out=tmp_path / "page")
+    try:
+        tab = browser.Browser(tmp_path / "browser")
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"{browser.FOUND} does not start: {error}")
+    try:
+        for width in (1500, 380):
+            tab.open((tmp_path / "page" / "index.html").as_uri(), width=width)
+            tab.run("document.querySelectorAll('img').forEach(img => img.loading = 'eager')")
+            tab.wait_for("[...document.images].every(img => img.complete && img.naturalWidth)")
+            assert tab.run("document.images.length") == 2 and tab.run("document.documentElement.scrollWidth") <= width
+            assert tab.run("Math.min(...[...document.images].map(img => img.clientWidth))") > 600
+            assert not tab.problems() and all(url.startswith("file:") for url in tab.requests())
+    finally:
+        tab.close()
 
 
 def test_checkpoints_of_one_name_are_seeds_of_one_row(call, encoders, folder, tmp_path):

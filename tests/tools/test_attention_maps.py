@@ -36,7 +36,8 @@ ENCODERS = {  # name: (model, size, options, attention layers, their windows)
     "pvtv2": ("pvtv2_tiny", (72, 96), {}, 5, [1]),
     "torchvision's vit": ("torchvision:vit_b_32", (64, 96), {}, 2, [1]),
     "torchvision's swin": ("torchvision:swin_t", (96, 160), {}, 5, [24, 6, 6, 2, 1]),
-    "torchvision's swin v2": ("torchvision:swin_v2_t", (96, 160), {}, 5, [15, 6, 6, 2, 1])}
+    "torchvision's swin v2": ("torchvision:swin_v2_t", (96, 160), {}, 5, [15, 6, 6, 2, 1]),
+    "torchvision's maxvit": ("torchvision:maxvit_t", (224, 224), {}, 4, [64, 64, 16, 16])}
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -121,6 +122,16 @@ def test_distance_in_a_shifted_window_by_brute_force():
     assert found_distance(maps[2], layouts[2]) == pytest.approx(uniform_distance((5, 7), 16, 4, 0), rel=1e-5)
     assert found_distance(maps[3], layouts[3]) == pytest.approx(uniform_distance((5, 7), 16, 4, 2), rel=1e-5)
     assert layouts[3].is_query.sum() == 35 and layouts[3].is_query.numel() == 64
+
+
+def test_partitions_of_maxvit_are_windows_and_grids():
+    """56x56 tokens of 4 px: 7x7 neighbours, then 7x7 tokens that are 8 tokens apart."""
+    _, _, layouts = maps_of(build("torchvision:maxvit_t", (224, 224)), torch.randn(1, 3, 224, 224))
+    places = layers.raster((7, 7))[0]  # (49, 2)
+    for window in (0, 9, 63):
+        corner = torch.tensor(divmod(window, 8))  # of a window in windows, or of a grid in tokens
+        torch.testing.assert_close(layouts[0].queries[window], 4 * (7 * corner + places + 0.5))
+        torch.testing.assert_close(layouts[1].queries[window], 4 * (corner + 8 * places + 0.5))
 
 
 def test_distance_in_torchvisions_shifted_windows():

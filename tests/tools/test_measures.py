@@ -46,6 +46,8 @@ def test_divergence_of_known_distributions():
     torch.testing.assert_close(measures.divergence(torch.stack([p, q]), 0), torch.tensor([p_q, q_p]))
     three = measures.divergence(torch.stack([p, q, p]), 0)
     torch.testing.assert_close(three, torch.tensor([p_q / 2, q_p, p_q / 2]))
+    alike = torch.rand(1, 1, 1, 5, 7, generator=torch.Generator().manual_seed(0)).softmax(dim=4)
+    assert measures.divergence(alike.expand(-1, -1, 3, -1, -1), 2).abs().max() < 1e-6  # heads that look alike
     assert measures.divergence(p[None], 0).isnan().all()  # a head alone
 
 
