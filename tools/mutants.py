@@ -12,6 +12,7 @@ import collections
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -172,7 +173,7 @@ def main(argv=None):
         config.fail(f"--only {args.only}: no mistake in tests/mutants.yaml has all these words")
 
     path = args.json.resolve()
-    command = " ".join(["python -m tools.mutants", *(sys.argv[1:] if argv is None else argv)])
+    command = f"python -m tools.mutants {shlex.join(map(str, sys.argv[1:] if argv is None else argv))}".strip()
     before = json.loads(path.read_text()) if path.exists() and args.only else {"commands": [], "mutants": {}}
     names = [mutant["name"] for mutant in known]
     rows = {name: row for name, row in before["mutants"].items() if name in names}

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -198,7 +199,7 @@ def main(argv=None):
         config.fail(f"--only {args.only}: no row is called so; there are {'; '.join(ROWS)}")
 
     path, late = args.json.resolve(), time.monotonic() + 60 * args.minutes
-    command = " ".join(["python -m tools.torture", *(sys.argv[1:] if argv is None else argv)])
+    command = f"python -m tools.torture {shlex.join(map(str, sys.argv[1:] if argv is None else argv))}".strip()
     before = json.loads(path.read_text()) if path.exists() and args.only else {"commands": [], "rows": {}}
     found = before["rows"]
     place = Place((args.out / "tried").resolve())

@@ -1,6 +1,7 @@
 """tools/mutants.py: which mistakes are seen, by which test, and what is made of them."""
 
 import json
+import shlex
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_a_mistake_is_caught_and_what_an_earlier_call_found_stays(tmp_path):
     assert record["mutants"][caught]["caught_by"].startswith("tests/common/test_neighbours.py::test_")
     assert record["mutants"]["MAE.loss half_precision"] == harmless and len(record["mutants"]) == 2
     assert record["results"] == {"mistakes in": {"common/neighbours.py": {"caught": "1 of 1"}}}
-    assert record["commands"] == ["one", f"python -m tools.mutants {' '.join(map(str, words))}"]
+    assert record["commands"] == ["one", f"python -m tools.mutants {shlex.join(map(str, words))}"]
 
 
 def test_what_is_said_of_survivors():
