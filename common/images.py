@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common import files, jpeg
+from common import files, jpeg, processes
 from common.config import print_once, printable
 from common.files import EXTENSIONS, opened
 from common.folder import require_regular
 
 PIL_MODE = {1: "L", 3: "RGB", 4: "RGBA"}
 EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".avif")  # hold no more, whatever is in them
+SUFFIXES = frozenset(EXTENSIONS)
 FIRST = 32  # images of which the range is taken
 
 
@@ -142,13 +143,23 @@ def files_below(root):
         # os.walk goes on with what is left in this list.
         subfolders[:] = [name for name in sorted(subfolders)
                          if name[0] != "." and os.path.realpath(os.path.join(folder, name)) not in visited]
-        for name in sorted(names):
-            if name[0] != ".":
-                yield os.path.relpath(os.path.join(folder, name), root)
+        # Once a folder: for each of a million files, relpath would take most of the time.
+        here = os.path.relpath(folder, root)
+        prefix = "" if here == os.curdir else here + os.sep
+        yield from [prefix + name for name in sorted(names) if name[0] != "."]
+
+
+def list_files(root):
+    return list(files_below(root))
+
+
+def suffix_of(path):
+    """As .jpg, in lower case; something that is no suffix if there is none."""
+    return path[path.rfind("."):].lower()
 
 
 def is_image(path):
-    return path.lower().endswith(EXTENSIONS)
+    return suffix_of(path) in SUFFIXES
 
 
 def find_images(root):
@@ -202,7 +213,7 @@ def orientation(path):
 
 
 def may_be_wide(path):
-    return is_image(path) and not path.lower().endswith(EIGHT_BITS)
+    return is_image(path) and suffix_of(path) not in EIGHT_BITS
 
 
 def wide_numbers(path):
@@ -257,11 +268,12 @@ class Folder:
         self.classes = class_folders(root, split, alone) if labelled else None
 
         number = {name: label for label, name in enumerate(self.classes or [])}
-        found = list(files_below(self.root))
+        found = processes.of_main(list_files, self.root)
         paths = sorted(filter(is_image, found))
+        labels = np.full(len(paths), -1)
         if labelled:  # what lies in no class folder has no label
-            paths = [path for path in paths if path.split(os.sep)[0] in number]
-        labels = np.array([number.get(path.split(os.sep)[0], -1) for path in paths])
+            paths = [path for path in paths if path.partition(os.sep)[0] in number]
+            labels = np.array([number[path.partition(os.sep)[0]] for path in paths])
         if not paths:
             passed_over = f"; it has {count_suffixes(found)}" if found else ""
             raise ValueError(f"--data {root}: no images below {self.root}; they end in {' '.join(EXTENSIONS)}"
@@ -273,12 +285,13 @@ class Folder:
 
         print_once(f"{printable(self.root)}: {len(paths)} images{passed_over_in(root, self.root, found, paths)}")
         self.value_range = value_range
-        if not value_range and any(map(may_be_wide, paths)):
-            self.value_range = first_range(root / "train" if (root / "train").is_dir() else self.root)
+        if not value_range and any(map(may_be_wide, set(map(suffix_of, paths)))):
+            train = root / "train" if (root / "train").is_dir() else self.root
+            self.value_range = processes.of_main(first_range, train)
 
         # One block of bytes: a list of 1.3 M strings would be copied into every worker, as reference counts change.
         kept = pick(labels) if pick else slice(None)
-        self.paths, self.labels = np.array([os.fsencode(path) for path in paths])[kept], labels[kept]
+        self.paths, self.labels = np.array(os.fsencode("\0".join(paths)).split(b"\0"))[kept], labels[kept]
 
     def __len__(self):
         return len(self.paths)
@@ -292,8 +305,8 @@ def passed_over_in(root, taken, found, paths):
     """What of a data set is not taken, for the end of a line: files `found` below `taken` that are none of `paths`, and
     folders of root beside it that are no splits."""
     parts = []
-    others = set(found) - set(paths)
-    if others:
+    if len(found) > len(paths):
+        others = set(found) - set(paths)
         parts.append(f"files passed over: {count_suffixes(others)}")
     if taken != root:
         beside = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}

@@ -1,4 +1,4 @@
-"""Who ends with whom: image-loading processes with their run, and a run with torchrun."""
+"""Who ends with whom: image-loading processes with their run, and a run with torchrun. And what one does for all."""
 
 import multiprocessing
 import os
@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 from multiprocessing import connection
+
+import torch.distributed as dist
 
 from common import config
 
@@ -27,6 +29,24 @@ def end_with_torchrun():
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def of_main(function, *words):
+    """What a function returns in the main process of a run, and there alone is it called; all processes get a copy. Its
+    ValueError or OSError is raised in all of them, too."""
+    if not dist.is_initialized():
+        return function(*words)
+    outcome = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = function(*words)
+        except (ValueError, OSError) as error:
+            outcome = error
+    sent = [outcome]
+    dist.broadcast_object_list(sent)
+    if isinstance(sent[0], Exception):
+        raise sent[0]
+    return sent[0]
 
 
 def ignore_signals(worker):

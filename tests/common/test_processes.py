@@ -1,4 +1,4 @@
-"""processes.py: what a run has started ends with it, and a run ends with torchrun."""
+"""processes.py: what a run has started ends with it, and a run ends with torchrun; one looks for files, for all."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import log_of
 
+from common import processes
 from tools.trials import children, ended_within, finish, fork, start, torchrun, wait_for
 
 
@@ -100,3 +101,43 @@ def test_a_restart_of_torchrun_goes_on(tiny, tmp_path):
     code, rest, err = finish(process)
     assert code == 0, err[-2000:]
     assert "to 60 of 2000" in rest and [line["step"] for line in log_of(out)] == list(range(1, 61))
+
+
+def test_one_process_does_the_work_of_all(folder, tmp_path):
+    """Of two, the second finds no file itself, and both get the same list, and the same error."""
+    script = f"""
+import os, sys
+sys.path.insert(0, ".")
+import torch.distributed as dist
+from common import images, processes
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", rank=rank, world_size=2)
+real = images.files_below
+def files_below(root):
+    assert rank == 0
+    return real(root)
+images.files_below = files_below
+source = images.Folder({str(folder)!r}, "train", labelled=True)
+errors = []
+for error in (ValueError("no"), FileNotFoundError("nothing")):
+    def refuse():
+        raise error
+    try:
+        processes.of_main(refuse)
+    except type(error) as caught:
+        errors.append(str(caught))
+dist.destroy_process_group()
+line = f"{{len(source)}} {{hash(source.paths.tobytes()) % 1000}} {{sum(source.labels)}} {{' '.join(errors)}}"
+open({str(tmp_path)!r} + f"/{{rank}}.txt", "w").write(line)
+"""
+    (tmp_path / "share.py").write_text(script)
+    code, _, err = finish(fork(tmp_path / "share.py", world=2))
+    assert code == 0, err[-2000:]
+    lines = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert lines[0] == lines[1] and lines[0].startswith("36 ") and lines[0].endswith(" 36 no nothing")
+
+
+def test_a_process_alone_does_it_itself():
+    assert processes.of_main(sorted, [2, 1]) == [1, 2]
+    with pytest.raises(ValueError, match="invalid literal"):
+        processes.of_main(int, "x")
