@@ -355,3 +355,7 @@ def probe_sets(cfg, run):
         raise ValueError("--probe_epochs compares images with labels, and --probe_data names "
                          f"those if they are not in --data: {error}") from error
     return [evaluation(dataset, cfg, run) for dataset in sets]
+
+
+if __name__ == "__main__":
+    raise SystemExit("data.py is used by the scripts, and does nothing alone: python mae.py --help")

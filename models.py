@@ -576,3 +576,7 @@ class Decoder(nn.Module):
             x = x + self.pos_embed
         x = layers.run_blocks(self.blocks, x, checkpointing=self.checkpointing)
         return self.norm(x)[:, self.num_prefix :]  # (B, N, width)
+
+
+if __name__ == "__main__":
+    raise SystemExit("models.py is used by the scripts, and does nothing alone: python mae.py --help")

@@ -188,9 +188,20 @@ def fail(message, everywhere=False):
         if len(line) > 2000:
             line = line[:2000] + " ..."
         print(f"error: {line}", file=sys.stderr, flush=True)
+        show_in_torchrun(f"error: {line}")
     else:
         time.sleep(2)  # torchrun ends all processes as soon as one has failed, before the main one may have printed
     raise SystemExit(2)
+
+
+def show_in_torchrun(line):
+    """Let torchrun, which prints a traceback of its own and then a table of what failed, end that table with a line.
+    (torch's format: torch/distributed/elastic/multiprocessing/errors.)"""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):  # it was printed in any case
+            Path(path).write_text(json.dumps(content))
 
 
 @contextlib.contextmanager
@@ -224,14 +235,38 @@ def parse(config_class, doc, argv=None, presets=None):
     for path in flags.pop("config", []):
         for key, value in read_yaml(path, Path(inspect.getfile(config_class)).stem).items():
             if key not in kinds:
-                fail(f"unknown option {path}: {key}{nearest(key, kinds)}")
+                fail(f"unknown option {path}: {key}{of_another_script(path, config_class) or nearest(key, kinds)}")
             values[key] = parse_value(key, kinds[key], value)
     for key, value in flags.items():
         if value is False and kinds[key] is not bool:  # what argparse puts for a name without a value
-            fail(f"--{key} takes {getattr(kinds[key], '__name__', 'numbers')} and there is none")
+            kind, example = KINDS.get(kinds[key], "numbers"), written(key, config_class)
+            fail(f"--{key} takes {kind}, as in --{key} {example}, and none is given")
         values[key] = value
     defaults = (presets or {}).get(values.get("mode"), {})
     return config_class(**{**defaults, **values})
+
+
+KINDS = {int: "a whole number", float: "a number", str: "a value"}
+
+
+def written(name, config_class):
+    """The default of an option as it is written on the command line; VALUE if it is empty."""
+    default = getattr(config_class, name)
+    if isinstance(default, tuple):
+        joint = "x" if typing.get_type_hints(config_class)[name] == Size else ","
+        default = joint.join(map(str, default))
+    return default if str(default) else "VALUE"
+
+
+def of_another_script(path, config_class):
+    """The end of an error message about a recipe: what it is for, if the command in its comment is of another one."""
+    text = Path(path).read_text(encoding="utf-8")
+    found = re.search(r"^# +(?:python|torchrun) .*?(?:-m )?([\w.]+?)(?:\.py)? --config", text, re.M)
+    own = Path(inspect.getfile(config_class)).stem
+    if not found or found[1].rpartition(".")[2] == own:
+        return ""
+    script = f"{found[1]}.py" if "." not in found[1] else f"python -m {found[1]}"
+    return f"; this is a recipe of {script}, and here {own}.py is running"
 
 
 def join_values(words):
@@ -266,10 +301,7 @@ def make_parser(config_class, kinds, doc):
     for name, (heading, comment) in describe(config_class).items():
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        kind, default = kinds[name], getattr(config_class, name)
-        if isinstance(default, tuple):
-            joint = "x" if kind == Size else ","
-            default = joint.join(map(str, default))
+        kind, default = kinds[name], written(name, config_class)
         groups[heading].add_argument(f"--{name}", type=functools.partial(parse_value, name, kind), nargs="?",
                                      const=kind is bool, metavar=str(default), help=comment.replace("%", "%%"))
         if kind is bool:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import time
@@ -63,6 +64,10 @@ def one_line(done, *names):
 
 BAD = [
     ("mae", {"mask_rato": 0.5}, ["--mask_rato", "mask_ratio"]),
+    ("mae", {"config": ROOT / "configs" / "finetune_tiny.yaml"}, ["recipe of finetune.py", "mae.py is running"]),
+    ("mae", {"config": ROOT / "configs" / "dense_tiny.yaml"}, ["recipe of python -m tools.dense"]),
+    ("mae", {"save_minutes": ""}, ["--save_minutes"]),
+    ("mae", {"logger": "printer"}, ["--logger", "tensorboard"]),
     ("mae", {"mask_ratio": "much"}, ["--mask_ratio", "float", "much"]),
     ("mae", {"mask_ratio": 1.0}, ["--mask_ratio", "[0, 1)"]),
     ("mae", {"mask_ratio": -0.1}, ["--mask_ratio"]),
@@ -804,3 +809,47 @@ def test_config_yaml_can_be_run_again(tiny, call, tmp_path):
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(record))
     assert call(mae.main, ["--config", tmp_path / "again.yaml", *flags(out=tmp_path / "b")]).code == 0
     same_checkpoint(tmp_path / "a", tmp_path / "b")
+
+
+# What a run says beside its numbers
+
+
+def test_an_option_without_its_value_is_shown_with_one(call):
+    done = call(mae.main, ["--data", "shapes", "--save_minutes", "--seed", "1"])
+    assert done.code == 2
+    assert done.err == "error: --save_minutes takes a number, as in --save_minutes 15.0, and none is given\n"
+
+
+def test_last_pt_as_init_names_the_encoder_beside_it(finished, tuned, call, tmp_path):
+    done = call(finetune.main, tuned(init=finished["mae"] / "last.pt", out=tmp_path / "run"))
+    one_line(done, "last.pt", "--resume", finished["mae"] / "encoder.pt")
+
+
+def test_probes_of_a_folder_without_labels(tiny, folder, call, tmp_path):
+    done = call(mae.main, tiny(data=folder / "train" / "ant", probe_epochs=1, out=tmp_path / "run"))
+    one_line(done, "--probe_epochs", "--probe_data", "labels need")
+
+
+def test_the_head_of_a_run_and_its_end(tiny, tuned, call, tmp_path):
+    """What it is stands above the first step; where things lie, and what may be typed next, below the last."""
+    done = call(mae.main, tiny(max_steps=2, out=tmp_path / "run"))
+    head, _, rest = done.out.partition("step 1/2")
+    assert all(word in head for word in ("method: MAE", ", 36 images", "vit_tiny", "0.", f"out: {tmp_path / 'run'}"))
+    assert f"{tmp_path / 'run'} holds encoder.pt, last.pt, log.jsonl, pictures/; next:" in rest
+    command = rest.strip().splitlines()[-1].strip()
+    assert command.startswith("python finetune.py --init ") and command.endswith(f"--out {tmp_path / 'run'}_tuned")
+    done = call(finetune.main, tuned(max_steps=2, init=tmp_path / "run" / "encoder.pt", out=tmp_path / "tuned"))
+    assert "36 images of 3 classes" in done.out and "python -m tools.show --confusion" in done.out.splitlines()[-1]
+
+
+def test_torchrun_ends_with_the_error(tmp_path):
+    """Below its own traceback; without it, no file is written."""
+    code, _, err = finish(torchrun(2, "mae.py", "--data", "shapes", "--mask_ratio", 2, "--out", tmp_path / "run"))
+    assert code == 1 and [line for line in err.splitlines() if line.strip()][-2].endswith(
+        "error: --mask_ratio must lie in [0, 1), not 2.0")
+
+
+@pytest.mark.parametrize("name", ["models", "data"])
+def test_a_module_says_that_it_is_no_script(name, monkeypatch):
+    with pytest.raises(SystemExit, match=f"{name}.py is used by the scripts"):
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
