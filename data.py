@@ -358,4 +358,4 @@ def probe_sets(cfg, run):
 
 
 if __name__ == "__main__":
-    raise SystemExit("data.py is used by the scripts, and does nothing alone: python mae.py --help")
+    raise SystemExit("data.py is a part of the scripts; they start as python mae.py --help")

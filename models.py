@@ -579,4 +579,4 @@ class Decoder(nn.Module):
 
 
 if __name__ == "__main__":
-    raise SystemExit("models.py is used by the scripts, and does nothing alone: python mae.py --help")
+    raise SystemExit("models.py is a part of the scripts; they start as python mae.py --help")

@@ -65,8 +65,10 @@ def show(cfg, build):
           f"{cost.forward_flops / 1e9:.2f} GFLOPs an image forward (a multiply-add is two), "
           f"{cost.step_flops / 1e9:.2f} in a step")
     print(f"{cost.per_image / 1e6:.1f} MB an image kept for backward in {dtype}, {cost.besides / 1e9:.2f} GB besides")
-    for n in (1, 8, 32, 64, 128, 256, 512):
-        print(f"  --micro_batch {n:<4} {cost.bytes(n) / 1e9:7.2f} GB")
+    asked = min(cfg.micro_batch, cfg.batch_size)
+    for n in sorted({1, 8, 32, 64, 128, 256, 512, asked}):
+        mark = "  <- as these options have it" * (n == asked)
+        print(f"  --micro_batch {n:<4} {cost.bytes(n) / 1e9:7.2f} GB{mark}")
     fits = min(cfg.batch_size, cost.fits())
     print(f"largest on 24 GB, of which {SPARE / 1e9:g} stay free: --micro_batch {fits} (an estimate)")
     for gpus in (1, 8):

@@ -842,14 +842,14 @@ def test_the_head_of_a_run_and_its_end(tiny, tuned, call, tmp_path):
     assert "36 images of 3 classes" in done.out and "python -m tools.show --confusion" in done.out.splitlines()[-1]
 
 
-def test_torchrun_ends_with_the_error(tmp_path):
-    """Below its own traceback; without it, no file is written."""
-    code, _, err = finish(torchrun(2, "mae.py", "--data", "shapes", "--mask_ratio", 2, "--out", tmp_path / "run"))
+def test_torchrun_ends_with_the_error():
+    """Below its own traceback."""
+    code, _, err = finish(start(*torchrun(2, "mae.py", "--data", "shapes", "--mask_ratio", 2)))
     assert code == 1 and [line for line in err.splitlines() if line.strip()][-2].endswith(
         "error: --mask_ratio must lie in [0, 1), not 2.0")
 
 
 @pytest.mark.parametrize("name", ["models", "data"])
 def test_a_module_says_that_it_is_no_script(name, monkeypatch):
-    with pytest.raises(SystemExit, match=f"{name}.py is used by the scripts"):
+    with pytest.raises(SystemExit, match=f"{name}.py is a part of the scripts"):
         runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")

@@ -121,6 +121,11 @@ def main(argv=None):
         phases, first = phases_of(args, words)
         if not args.plan:
             check(phases, args.nproc_per_node)
+    if args.plan:  # in this process: importing torch for each phase would take longer
+        for i, phase in enumerate(phases):
+            print(f"phase {i + 1} of {len(phases)}", flush=True)
+            fastmim.main(phase)
+        return
     for i in range(first, len(phases)):
         command, phase = [*launcher, os.path.relpath(fastmim.__file__), *phases[i]], f"phase {i + 1} of {len(phases)}"
         print(f"{phase}: {shlex.join(['python', *command])}", flush=True)

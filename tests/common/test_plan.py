@@ -43,6 +43,14 @@ def really_kept(model, B, *inputs, dtype=torch.float32):
     return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
 
 
+@pytest.mark.parametrize("asked,shown", [(48, 48), (64, 64), (4096, 96)])
+def test_plan_shows_the_micro_batch_that_is_asked_for(asked, shown, capsys):
+    """Which is at most the batch."""
+    cost = planned(small(micro_batch=asked, batch_size=96), mae.MAE, capsys)
+    (line,) = [line for line in cost.text.splitlines() if "<-" in line]
+    assert line.startswith(f"  --micro_batch {shown} ") and shown in cost.table
+
+
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"precision": "bf16"}],
                          ids=["fp32", "checkpointing", "bf16"])
 def test_plan_agrees_with_what_happens(changes, capsys, monkeypatch):
