@@ -335,9 +335,9 @@ def reconstruct(model, imgs, noise):
         target = F.pixel_shuffle(layers.as_map(target, (h, w)), size)  # (B, C*9, H/cell, W/cell)
         pred = F.pixel_shuffle(layers.as_map(pred, (h, w)), size)  # (B, C*9, H/cell, W/cell)
         hidden = layers.expand_mask(mask, model.grid, model.mask_unit // model.cell)[:, None]
-        rows["HOG"] = figures.glyphs(target)
-        rows["prediction"] = figures.glyphs(figures.dimmed(pred, hidden))
-        rows["prediction\nand visible"] = figures.glyphs(torch.where(hidden, pred, target))
+        rows["HOG"] = figures.bright_glyphs(target)
+        rows["prediction"] = figures.bright_glyphs(figures.dimmed(pred, hidden))
+        rows["prediction\nand visible"] = figures.bright_glyphs(torch.where(hidden, pred, target))
         return rows
 
     note = ""

@@ -51,8 +51,7 @@ def dimmed(pred, hidden, share=0.3):
 
 def glyphs(cells, bins=9, size=15):
     """Histograms of oriented gradients (B, C*bins, h, w) as grey images (B, 1, h*size, w*size): in each cell a stroke
-    for every orientation, along the edge. Its brightness is the root of the mean of its channels, so that weak ones are
-    seen, too."""
+    for every orientation, along the edge, as bright as the mean of its channels."""
     angle = (torch.arange(bins, device=cells.device) + 0.5) * math.pi / bins  # of the gradient, from the vertical
     place = torch.linspace(-1, 1, size, device=cells.device)
     x, y = place[None, None], place[None, :, None]
@@ -60,9 +59,14 @@ def glyphs(cells, bins=9, size=15):
     inside = x * x + y * y <= 1  # (1, size, size)
     strokes = (1 - distance.abs() * size / 3).clamp(min=0) * inside  # (bins, size, size)
 
-    cells = cells.float().unflatten(1, (-1, bins)).mean(dim=1).clamp(min=0).sqrt()  # (B, bins, h, w)
+    cells = cells.float().unflatten(1, (-1, bins)).mean(dim=1).clamp(min=0)  # (B, bins, h, w)
     drawn = [torch.kron(cells[:, bin], strokes[bin]) for bin in range(bins)]  # each (B, h*size, w*size)
     return torch.stack(drawn).amax(dim=0)[:, None].clamp(max=1)  # (B, 1, h*size, w*size)
+
+
+def bright_glyphs(cells):
+    """`glyphs` for the eye, which would not see the weak ones."""
+    return glyphs(cells).sqrt()
 
 
 def grid(path, rows, title="", columns=(), side=0.0):

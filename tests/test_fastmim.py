@@ -113,7 +113,8 @@ def test_glyphs_run_along_the_edges():
     stroke = drawn[:15, :15]
     assert drawn.shape == (30, 30) and stroke[:, 7].mean() > 0.8 > 0.2 > stroke[7].mean()
     assert drawn[:15, 15:].max() == 0 and 0 <= drawn.min() and drawn.max() <= 1
-    assert torch.allclose(figures.glyphs(0.25 * fastmim.hog(img, 8))[0, 0], 0.5 * drawn)
+    assert torch.allclose(figures.glyphs(0.25 * fastmim.hog(img, 8))[0, 0], 0.25 * drawn)
+    assert torch.allclose(figures.bright_glyphs(0.25 * fastmim.hog(img, 8))[0, 0], 0.5 * drawn.sqrt())
 
 
 # Masks
