@@ -21,7 +21,7 @@ import torchvision
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import processes, transforms
+from common import processes, published, transforms
 from common.config import fail
 from common.images import Broken, Folder
 from common.randomness import noise, seed_of
@@ -85,15 +85,18 @@ def cifar(name, split, in_chans, data_dir, download, pick=None):
 
 def open_source(name, split, in_chans=3, labelled=False, data_dir="data", download=False,
                 min_side=0, pick=None, value_range=(), alone=False):
-    """shapes, cifar10, cifar100 or a folder; split is train, val or test. `pick` turns all labels
-    into the indices that are wanted. `value_range`: --value_range. `alone`: the classes of a folder
-    are those of this split. ValueError or OSError, in one line, on what does not fit."""
+    """shapes, cifar10, cifar100, torchvision:NAME or a folder; split is train, val or test. `pick`
+    turns all labels into the indices that are wanted. `value_range`: --value_range. `alone`: the
+    classes of a folder are those of this split. ValueError or OSError, in one line, on what does
+    not fit."""
     if in_chans < 1:
         raise ValueError(f"--in_chans must be at least 1, not {in_chans}")
     if name == "shapes":
         return Shapes(split, in_chans=in_chans, pick=pick)
     if name in ("cifar10", "cifar100"):
         return cifar(name, split, in_chans, data_dir, download, pick)
+    if name.startswith(published.PREFIX):
+        return published.Published(name, split, in_chans, labelled, data_dir, download, pick)
     return Folder(name, split, in_chans, labelled, min_side, pick, value_range, alone)
 
 

@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 class RunConfig:
     """Options that belong to no method; every script's `Config` puts its own in front of them."""
     # Data
-    data: str = ""  # shapes, cifar10, cifar100, or a folder of images; required
-    data_dir: str = "data"  # where cifar10 and cifar100 lie
-    download: bool = False  # let torchvision fetch cifar into data_dir
+    data: str = ""  # shapes, cifar10, cifar100, torchvision:NAME, or a folder of images; required
+    data_dir: str = "data"  # where cifar10, cifar100 and torchvision:NAME lie
+    download: bool = False  # let torchvision fetch them into data_dir
     max_bad: float = 0.01  # share of unreadable images at which a run stops
     drop_last: bool = True  # leave out the images that fill no batch at the end of an epoch
     workers: int = 0  # image-loading processes beside each training process

@@ -92,7 +92,7 @@ class Run:
         self.is_main = self.rank == 0
         with config.user_errors():
             if not cfg.data and not cfg.plan:
-                raise ValueError("--data is required: shapes, cifar10, cifar100 or a folder; a recipe may set it")
+                raise ValueError("--data is required: shapes, cifar10, cifar100, torchvision:NAME or a folder")
             cfg.check()
             check_batch(cfg, self.world_size)
             loggers.require(cfg.logger)

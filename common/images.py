@@ -255,7 +255,8 @@ class Folder:
     def __init__(self, root, split, in_chans=3, labelled=False, min_side=0, pick=None, value_range=(), alone=False):
         root = Path(root)
         if not root.is_dir():
-            raise FileNotFoundError(f"--data {root}: no such folder (nor is it one of shapes, cifar10, cifar100)")
+            raise FileNotFoundError(f"--data {root}: no such folder (nor is it one of shapes, cifar10, cifar100, "
+                                    "torchvision:NAME)")
         if split == "test" and not (root / "test").is_dir():
             print_once(f"{root} has no test/: its val/ is taken")
             split = "val"
