@@ -132,8 +132,8 @@ def listing(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="JPEG files, in colour")
-    parser.add_argument("--images", type=int, default=200, help="in a batch: the files, again and again")
-    parser.add_argument("--rounds", type=int, default=9, help="batches of each way")
+    parser.add_argument("--images", type=int, default=64, help="in a batch: the files, again and again")
+    parser.add_argument("--rounds", type=int, default=25, help="batches of each way")
     parser.add_argument("--files", type=int, default=0, help="of the list; 0 makes none")
     parser.add_argument("--list_rounds", type=int, default=3, help="lists of each way")
     parser.add_argument("--json", type=Path, default=Path("runs/bench_data.json"), help="file of the numbers")
