@@ -24,7 +24,7 @@ def noise(*shape, seed=0):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def photos(tmp_path):
     for split, count in (("train", 6), ("val", 3)):
         for label, name in enumerate(("ant", "bee")):
             for i in range(count):
@@ -38,21 +38,21 @@ def run_check(*words):
     return int(stop.value.code)
 
 
-def test_check(folder, tmp_path, capsys):
-    write(folder / "stray.png", noise(8, 200, 3))
-    assert run_check(folder) == 0
+def test_check(photos, tmp_path, capsys):
+    write(photos / "stray.png", noise(8, 200, 3))
+    assert run_check(photos) == 0
     printed = capsys.readouterr().out
     for line in ("train/ant 6", "RGB 19", "40x48 18", "broken: 0", "odd-sized: 1", "stray.png: 8x200", "unlabelled: 1"):
         assert line in printed
-    (folder / "train" / "ant" / "0.png").write_bytes(b"")
-    assert run_check(folder) == 1
+    (photos / "train" / "ant" / "0.png").write_bytes(b"")
+    assert run_check(photos) == 1
     printed = capsys.readouterr().out
     assert "broken: 1" in printed and "ant/0.png" in printed and "RGB 18" in printed
 
 
-def test_pipes_and_devices_are_named_and_never_read(folder, tmp_path, tiny):
+def test_pipes_and_devices_are_named_and_never_read(photos, tmp_path, tiny):
     """Each of them is the first of the images whose range is taken."""
-    images = shutil.copytree(folder, tmp_path / "images")
+    images = shutil.copytree(photos, tmp_path / "images")
     os.mkfifo(images / "train" / "ant" / "-.png")
     os.mkfifo(images / "train" / "ant" / "-.npy")
     (images / "train" / "ant" / "-.tif").symlink_to("/dev/zero")

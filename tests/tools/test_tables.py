@@ -179,6 +179,9 @@ def test_a_committed_file_prints_as_its_numbers(path, capsys):
         for line, cells in zip(body, rows.values(), strict=True):
             assert set(cells) <= set(header[1:])
             for column, text in zip(header[1:], line[1:], strict=True):
+                if isinstance(cells.get(column), str):  # "held 12 of 12"
+                    assert text == cells[column]
+                    continue
                 known = [value for value in cells.get(column, []) if value is not None]
                 shown = numbers_of(re.sub(r"[(,] ?\d of \d seeds", "", text))
                 expected = [statistics.mean(known)] if known else []
