@@ -148,7 +148,7 @@ def main(argv=None):
         record["results"]["JPEG files to batches of 224 px"] = loading(args.folder, args)
     runner.write(args.json, record)
     if args.files:
-        record["results"][f"{args.files:,} files to a list"] = listing(args)
+        record["results"][f"a list of files, {args.files:,} long"] = listing(args)
         runner.write(args.json, record)
     print("\n\n".join(runner.markdown(title, rows) for title, rows in record["results"].items()))
 
