@@ -58,7 +58,7 @@ def test_pipes_and_devices_are_named_and_never_read(photos, tmp_path, tiny):
     (images / "train" / "ant" / "-.tif").symlink_to("/dev/zero")
     code, out, err = finish(fork("-m", "tools.check_images", images), timeout=30)
     assert code == 1 and "broken: 3\n" in out and out.count("is not a regular file") == 3, (out, err)
-    words = tiny(data=images, out=tmp_path / "run", max_bad=0.1, epochs=1)
+    words = tiny(data=images, out=tmp_path / "run", max_bad=0.5, epochs=1)
     code, _, err = finish(fork("mae.py", *words), timeout=30)
     assert code == 0 and err.count("is not a regular file") == err.count("\n") == 3, err
 
