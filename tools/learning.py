@@ -34,8 +34,11 @@ SAME_NETWORK = {  # row: an earlier row whose random weights are the same, so th
 RATES = (5e-4, 1e-3, 2e-3)  # of pre-training
 TUNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning
 SCRATCH = {"scratch": 1, "scratch, 4x budget": 4}  # arm: times the budget
-PRETRAINED = dict.fromkeys(METHODS, 1e-3)  # row: learning rate of pre-training
-TUNED = {}  # row: {arm: learning rate of fine-tuning}, where it is not that of configs/finetune_tiny.yaml
+# The best ones on validation images (results/sweep_*.json); rows that no file has take those of MAE's ViT.
+PRETRAINED = dict.fromkeys(METHODS, 1e-3) | {"SimMIM ViT": 2e-3, "FastMIM ViT": 5e-4}  # row: rate of pre-training
+OF_VIT = {"pre-trained": 2e-3, "scratch": 4e-3, "scratch, 4x budget": 2e-3}
+TUNED = dict.fromkeys(METHODS, OF_VIT) | {  # row: {arm: rate of fine-tuning}
+    "SimMIM ViT": {"pre-trained": 4e-3, "scratch": 2e-3, "scratch, 4x budget": 2e-3}}
 VALIDATION = "top-1, per cent of 2,000 validation images, 500 labels"
 
 
@@ -91,9 +94,8 @@ def learns(args):
                 for arm in arms:
                     encoder = pretrained if arm == "pre-trained" else scratch
                     longer = ["--epochs", 4 * BUDGET[int(test[:3])]] if "4x" in arm else []
-                    rate = ["--base_lr", TUNED[name][arm]] if arm in TUNED.get(name, {}) else []
                     out = encoder.out / slug(f"{test} {arm}")
-                    job = tuning(FINETUNE, encoder, *words, *longer, *rate, out=out, seed=seed)
+                    job = tuning(FINETUNE, encoder, *words, *longer, "--base_lr", TUNED[name][arm], out=out, seed=seed)
                     cells.append(runner.Cell(TITLE, name, f"{test}: {arm}", seed, job))
     return cells
 

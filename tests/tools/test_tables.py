@@ -44,6 +44,21 @@ def test_the_sweep_tries_every_rate_of_both_arms(made_up, capsys):
     assert "| pre-training 0.001 | 50.0 | 50.0 | 50.0 | 50.0 |" in capsys.readouterr().out
 
 
+def test_learning_rates_are_the_best_of_the_sweep():
+    """Of the committed ones, which are on validation images."""
+    for path in (ROOT / "results").glob("sweep_*.json"):
+        for title, rows in record_of(path)["results"].items():
+            name, best = title.removesuffix(f": {learning.VALIDATION}"), {}
+            for row, cells in rows.items():
+                arm = "pre-trained" if row.startswith("pre-training") else row
+                for column, [top1] in cells.items():
+                    best[arm] = max(best.get(arm, (0.0, "", "")), (top1, row, column))
+            assert best["pre-trained"][1] == f"pre-training {learning.PRETRAINED[name]:g}"
+            chosen = {arm: f"fine-tuning {rate:g}" for arm, rate in learning.TUNED[name].items()}
+            assert {arm: column for arm, (_, _, column) in best.items()} == chosen
+    assert {arm: rate for arm, (_, rate) in demo.ARMS.items()} == learning.TUNED["MAE ViT"]
+
+
 def test_learns_compares_equal_runs(made_up, capsys):
     """Both arms are the same commands, but for where they start, and the rate that the sweep chose for each."""
     tables.main(["learns", "--seeds", "0 1 2", "--out", "runs", "--jobs", "2"])
