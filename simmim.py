@@ -158,8 +158,8 @@ class SimMIM(nn.Module):
         return imgs.float()
 
     def loss(self, pred, target, mask):
-        """Mean absolute error over all hidden pixels of the batch and their channels, fp32 (SimMIM,
-        3.4); 0 if none is hidden."""
+        """Mean absolute error over all hidden pixels of the batch and their channels, fp32; 0 if
+        none is hidden (SimMIM, 3.4)."""
         hidden = layers.expand_mask(mask, self.grid, self.cfg.mask_unit)[:, None]  # (B, 1, H, W)
         error = (pred.float() - target).abs() * hidden  # (B, C, H, W)
         return error.sum() / (hidden.sum() + 1e-5) / pred.shape[1]

@@ -262,7 +262,7 @@ def test_the_places_of_patches():
 
 
 @pytest.mark.parametrize("more,score,said", [
-    ("", 1, "mistakes pass your tests"), (GOOD, 3, "2 of 9 mistakes pass your tests"),
+    ("", 1, "mistakes pass your tests"), (GOOD, 2, "3 of 10 mistakes pass your tests"),
     ("\n\ndef test_no(): assert False\n", 0, "no: assert False")], ids=["starter", "better", "wrong"])
 def test_tests_of_students_are_marked_by_the_mistakes_they_find(more, score, said, tmp_path, monkeypatch):
     assignment = assign.read(9)

@@ -159,7 +159,7 @@ def test_every_choice_shows_each_statement_once_and_in_order(choice, columns, da
 
 
 SIDE_BY_SIDE = [("forward", "def forward"), ("forward", "ids_keep, "), ("encode", "tokens = self.encoder.embed("),
-                ("encode", "coords = torch.stack"), ("decode", "x = self.decoder.embed(latent)"),
+                ("encode", "coords = layers.places"), ("decode", "x = self.decoder.embed(latent)"),
                 ("decode", "patches = torch.cat"), ("target", "return (patches - mean) / std"),
                 ("loss", "return (error * "), ("prepare", "guesses = "), ("main", "lr = schedule.lr(step)"),
                 ("main", "optimizer.zero_grad("), ("init", "def __init__(self, cfg):"), ("init", "self.cfg = cfg")]
