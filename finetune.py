@@ -11,7 +11,7 @@ is the model, and labels instead of masks.
 Paper: He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377, 4.3, A.1, A.2.
 
     CPU     python finetune.py --config configs/finetune_tiny.yaml --init runs/mae/encoder.pt \
-                --out runs/finetune                                                  (top-1 57.0)
+                --out runs/finetune                                                  (top-1 76.9)
     1 GPU   python finetune.py --config configs/finetune_vit_b.yaml --data /data/imagenet \
                 --init runs/mae_vit_b/encoder.pt --out runs/finetune_vit_b
     8 GPUs  torchrun --nproc-per-node 8 finetune.py --config configs/finetune_vit_b.yaml \
