@@ -78,7 +78,7 @@ def test_a_job_begins_after_those_it_needs(acts):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_no_more_at_a_time_than_workers(acts, workers):
-    list(runner.run([job(f"job{i}", 0.2) for i in range(5)], workers))
+    list(runner.run([job(f"job{i}", 1.0) for i in range(5)], workers))
     running = most = 0
     for _, act, _, _ in acts():
         running += 1 if act == "begins" else -1
