@@ -7,7 +7,7 @@ All arms of a row are the same network. "Scratch" starts from the very weights t
 """
 
 from tools import runner
-from tools.demo import BUDGET, FINETUNE, TITLE, log_of, slug, tuning
+from tools.demo import ARMS, BUDGET, FINETUNE, TITLE, log_of, slug, tuning
 
 METHODS = {  # row of a table: command of its pre-training
     "MAE ViT": "mae.py --config configs/tiny.yaml",
@@ -33,10 +33,10 @@ SAME_NETWORK = {  # row: an earlier row whose random weights are the same, so th
 
 RATES = (5e-4, 1e-3, 2e-3)  # of pre-training
 TUNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning
-SCRATCH = {"scratch": 1, "scratch, 4x budget": 4}  # arm: times the budget
+SCRATCH = {arm: times for arm, (times, _) in ARMS.items() if arm != "pre-trained"}  # arm: times the budget
 # The best ones on validation images (results/sweep_*.json); rows that no file has take those of MAE's ViT.
 PRETRAINED = dict.fromkeys(METHODS, 1e-3) | {"SimMIM ViT": 2e-3, "FastMIM ViT": 5e-4}  # row: rate of pre-training
-OF_VIT = {"pre-trained": 2e-3, "scratch": 4e-3, "scratch, 4x budget": 2e-3}
+OF_VIT = {arm: rate for arm, (_, rate) in ARMS.items()}
 TUNED = dict.fromkeys(METHODS, OF_VIT) | {  # row: {arm: rate of fine-tuning}
     "SimMIM ViT": {"pre-trained": 4e-3, "scratch": 2e-3, "scratch, 4x budget": 2e-3}}
 VALIDATION = "top-1, per cent of 2,000 validation images, 500 labels"
