@@ -192,16 +192,23 @@ def damage(path):
 
 # ---------------------------------------- Checked before anything is copied
 
+RUN = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "step": int}  # parts of every last.pt
+
+
+def is_run(saved):
+    """Is it the content of a last.pt, by the names of its parts?"""
+    return isinstance(saved, dict) and RUN.keys() <= saved.keys()
+
+
 def require_run(saved, path):
     """ValueError unless `saved`, the content of `path`, has the parts of a last.pt. Those that files of earlier
     versions lack are not checked where they are missing."""
-    kinds = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "step": int}
     later = {"images": dict, "logged_step": int, "sums": dict}
 
     def is_kind(value, kind):
         return isinstance(value, kind) and not isinstance(value, bool)
 
-    if not isinstance(saved, dict) or not all(is_kind(saved.get(name), kind) for name, kind in kinds.items()) \
+    if not is_run(saved) or not all(is_kind(saved[name], kind) for name, kind in RUN.items()) \
             or not all(is_kind(saved[name], kind) for name, kind in later.items() if name in saved) \
             or not 0 <= saved.get("logged_step", 0) <= saved["step"] \
             or not all(is_kind(total, float) and math.isfinite(total) for total in saved.get("sums", {}).values()):

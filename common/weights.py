@@ -32,7 +32,7 @@ def read_encoder(path, from_arch, sizes, img_size=(0, 0), num_heads=0, which="")
     parts) in that form, with "notes" on what was assumed. Of published weights: `img_size` of their images, `num_heads`
     of a ViT, zeros to infer them, and `which` of several in a file. ValueError if the file is something else."""
     saved, notes = read_any(path)
-    if isinstance(saved, dict) and {"model", "optimizer", "scaler", "step", "config"} <= saved.keys():
+    if checkpoint.is_run(saved):
         beside = Path(path).with_name("encoder.pt")
         raise ValueError(f"{path} is a last.pt, from which --resume goes on; {beside} is for --init")
     if not is_own(saved):

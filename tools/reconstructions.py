@@ -21,10 +21,9 @@ MASKING = ("mask_ratio", "mask", "sampling", "secondary_ratio", "mask_unit")
 def is_run(path):
     """Is this file a last.pt, of whatever script?"""
     try:
-        saved = checkpoint.read(path)
+        return checkpoint.is_run(checkpoint.read(path))
     except (ValueError, FileNotFoundError):  # damaged, of another format, or no file but torchvision:NAME
         return False
-    return isinstance(saved, dict) and {"model", "optimizer", "config"} <= saved.keys()
 
 
 def load(path, **changes):
