@@ -150,7 +150,7 @@ def main(argv=None):
     for name, cells_of in measurements.items():
         commands[name] = names.add_parser(name, description=cells_of.__doc__)
         commands[name].set_defaults(cells_of=cells_of)
-        add_options(commands[name], Path("runs") / name)
+        add_options(commands[name], Path("runs", "learning" if name in ("sweep", "learns", "ablations") else name))
     for name, rows in {"sweep": [*learning.METHODS, *learning.TRIED], "learns": list(learning.METHODS)}.items():
         commands[name].add_argument("--methods", type=methods, default=rows, help='some of them, as "MAE ViT;LUT ViT"')
     commands["cifar10"].add_argument("--data", type=Path, required=True, metavar="DIR", help="train/CLASS/, val/CLASS/")
