@@ -487,7 +487,7 @@ def main(argv=None):
             if cfg.mode == "finetune":
                 seed = randomness.seed_of(cfg.seed, "mix", step)
                 imgs, targets = mix(imgs, targets, cfg, seed)
-            own_noise = noise[positions].to(run.device, non_blocking=True)  # (B, 2 * layers)
+            own_noise = noise[positions]  # (B, 2 * layers), on the CPU: see layers.add_branch
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
                 logits = net(imgs, own_noise).float()  # (B, K)

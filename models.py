@@ -126,6 +126,12 @@ class Encoder(nn.Module):
     def forward(self, imgs):
         return self.encode(self.embed(imgs))
 
+    def check_noise(self, noise, coords):
+        """Stochastic depth takes samples out of a batch, but not what `coords` become."""
+        if noise is not None and coords is not None and len(coords) > 1:
+            raise ValueError("stochastic depth needs coords (1, N, 2) that all images share, or "
+                             "none")
+
     def layer_id(self, name):
         """Depth of the parameter of this name for layer-wise lr decay (BEiT): 0 ahead of the
         blocks, i + 1 in block i, counted over all stages, num_layers + 1 behind them."""
@@ -188,8 +194,10 @@ class ViT(Encoder):
     def encode(self, tokens, coords=None, grid=None, noise=None):
         """tokens (B, N, D), of the whole grid or at `coords` (B, N, 2) -> latent (B, 1 + N, D),
         class token first; `grid` means nothing here. `noise` (B, 2 * num_layers), uniform in
-        [0, 1), is for stochastic depth; None: none. ValueError if tokens without coords do not fill
-        the grid."""
+        [0, 1), is for stochastic depth; None: none. On the CPU it saves work: see
+        layers.add_branch. ValueError if tokens without coords do not fill the grid, or if there is
+        noise and images differ in their coords."""
+        self.check_noise(noise, coords)
         if coords is None and tokens.shape[1] != self.grid[0] * self.grid[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill the grid {self.grid}, and "
                              "there are no coords")
@@ -303,7 +311,7 @@ class Pyramid(Encoder):
     def encode(self, tokens, coords=None, grid=None, noise=None):
         """tokens (B, h*w, D) of a map `grid`, None for the full one -> latent (B, N', width).
         coords (B, h*w, 2): places on the full grid, None if they are the map's own; `noise` as of
-        a ViT. ValueError if tokens and map do not match."""
+        a ViT. ValueError if tokens and map do not match, or as there."""
         return self.run_stages(tokens, coords, grid, noise)[-1][0]
 
     def maps(self, imgs, noise=None):
@@ -312,6 +320,7 @@ class Pyramid(Encoder):
 
     def run_stages(self, tokens, coords=None, grid=None, noise=None):
         """What each stage gives, the last one normalised: [(x (B, h*w, D), its map (h, w))]."""
+        self.check_noise(noise, coords)
         h, w = grid = self.grid if grid is None else tuple(grid)
         if tokens.shape[1] != h * w or h > self.grid[0] or w > self.grid[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a map of {h}x{w} within the "

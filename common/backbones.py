@@ -181,6 +181,8 @@ class Torchvision(nn.Module):
     def run(self, x, noise):
         """The outputs of the steps that `ends` names."""
         found, learning = [], torch.is_grad_enabled()
+        if noise is not None:
+            noise = noise.to(x.device, non_blocking=True)
         with contextlib.nullcontext() if learning else same_statistics(self.net):
             for i in range(self.first, len(self.steps)):
                 if self.checkpointing and self.heavy[i] and learning:  # there are no draws whose state to keep

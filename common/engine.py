@@ -249,8 +249,8 @@ class Run:
             config.print_once("compiling, with the first step: this may take minutes")
         if self.world_size == 1:
             return model
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        # Without device_ids, inputs stay where they are: noise for stochastic depth may be on the CPU.
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # -------------------- Beside the loop
     def timed(self, batches):

@@ -310,6 +310,28 @@ def drop_path(branch, noise, rate):
     return branch * keep.view(-1, *[1] * (branch.dim() - 1))
 
 
+def can_skip(noise):
+    """Can one know how many branches noise (B,) drops? On a GPU one would wait for it, and a graph
+    has one batch size."""
+    is_real = type(noise) is torch.Tensor  # a plan has fake ones, without values
+    return noise.device.type == "cpu" and not torch.compiler.is_compiling() and is_real
+
+
+def add_branch(x, branch, noise, rate, context):
+    """x (B, N, D) + branch(x, *context) with stochastic depth. Where possible, the branch sees only
+    the samples that keep it: the same sum, and less work."""
+    if noise is None or rate == 0.0 or not can_skip(noise):
+        return x + drop_path(branch(x, *context), noise, rate)
+
+    ids = (noise >= rate).nonzero()[:, 0]  # (B_keep,)
+    scale = 1.0 / (1.0 - rate)
+    if len(ids) == 0:  # still a gradient for every parameter: other processes wait for it
+        ids, scale = ids.new_zeros(1), 0.0
+    ids = ids.to(x.device, non_blocking=True)
+    kept = branch(x.index_select(0, ids), *context)  # (B_keep, N, D)
+    return x.index_add(0, ids, kept.to(x.dtype), alpha=scale)  # (B, N, D)
+
+
 class Block(nn.Module):
     """Pre-norm Transformer block. `noise` (B, 2) is for stochastic depth, `context` for both
     branches; `layer_scale`: start of a learned factor on each (Touvron et al., 2021), 0: none."""
@@ -326,17 +348,23 @@ class Block(nn.Module):
 
     def forward(self, x, noise=None, *context):
         noise = (None, None) if noise is None else noise.unbind(dim=1)  # 2 x (B,)
+        x = add_branch(x, self.attention_branch, noise[0], self.drop_path_rate, context)
+        return add_branch(x, self.mlp_branch, noise[1], self.drop_path_rate, context)
+
+    def attention_branch(self, x, *context):
         branch = self.attn(self.norm1(x), *context)
-        branch = branch if self.gamma_1 is None else self.gamma_1 * branch
-        x = x + drop_path(branch, noise[0], self.drop_path_rate)
+        return branch if self.gamma_1 is None else self.gamma_1 * branch
+
+    def mlp_branch(self, x, *context):
         branch = self.mlp(self.norm2(x), *context)
-        branch = branch if self.gamma_2 is None else self.gamma_2 * branch
-        return x + drop_path(branch, noise[1], self.drop_path_rate)
+        return branch if self.gamma_2 is None else self.gamma_2 * branch
 
 
 def run_blocks(blocks, x, noise=None, checkpointing=False, context=()):
     """x through all blocks, activations recomputed in the backward pass if `checkpointing`; `noise`
     (B, 2 * len(blocks)) for stochastic depth; `context`: what blocks need beside x."""
+    if noise is not None and not can_skip(noise):
+        noise = noise.to(x.device, non_blocking=True)
     for i, block in enumerate(blocks):
         draws = None if noise is None else noise[:, 2 * i : 2 * i + 2]  # (B, 2)
         if checkpointing and torch.is_grad_enabled():

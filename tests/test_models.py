@@ -1,5 +1,7 @@
 """models.py: encoders that are built whole or in part, from a name, from the arch of a file, from a file."""
 
+import functools
+
 import pytest
 import torch
 from conftest import equal
@@ -137,3 +139,70 @@ def test_what_one_mode_computed_does_not_come_back_in_another(kind):
     latent.sum().backward()
     assert type(latent) is torch.Tensor
     torch.testing.assert_close(latent.detach(), expected, rtol=1e-4, atol=1e-4)  # a fused kernel may differ
+
+
+# ---------------------------------------- Stochastic depth
+
+def sums(monkeypatch, encoder, imgs, noise, skips):
+    """(latent, gradient of every parameter, numbers of images that branches saw): with or without skipping."""
+    seen = []
+
+    def noted(block, branch, x, *context):
+        seen.append(len(x))
+        return branch(block, x, *context)
+
+    with monkeypatch.context() as patch:
+        if not skips:
+            patch.setattr(layers, "can_skip", lambda noise: False)
+        for name in ("attention_branch", "mlp_branch"):
+            patch.setattr(layers.Block, name, functools.partialmethod(noted, getattr(layers.Block, name)))
+        encoder.zero_grad()
+        latent = encoder.encode(encoder.embed(imgs), noise=noise)
+        latent.square().sum().backward()
+    return latent, {name: p.grad for name, p in encoder.named_parameters()}, seen
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_branches_are_not_computed(kind, checkpointing, dtype, monkeypatch):
+    """The same latent, and the same gradients, from as many samples as noise leaves."""
+    encoder, imgs = build(kind, drop_path=0.8).train(), torch.randn(5, 3, 64, 64)
+    encoder.checkpointing = checkpointing
+    noise = torch.rand(5, 2 * encoder.num_layers, generator=torch.Generator().manual_seed(1))
+    rates = [block.drop_path_rate for block in encoder.modules() if isinstance(block, layers.Block)]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
+        latent, grads, seen = sums(monkeypatch, encoder, imgs, noise, skips=True)
+        expected, expected_grads, all_seen = sums(monkeypatch, encoder, imgs, noise, skips=False)
+    left = [int((noise[:, i] >= rates[i // 2]).sum()) for i in range(noise.shape[1])]
+    assert min(left) < 5 and seen[: len(left)] == [max(1, n) for n in left] and set(all_seen) == {5}
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == "fp32" else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(latent, expected, **tolerance)
+    if dtype == "fp32":
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-3)
+
+
+def test_parameters_of_a_branch_that_all_drop_have_a_gradient_of_zero(monkeypatch):
+    """Or another process would wait for it; and Adam would skip its step, as it does not where one is kept."""
+    encoder, imgs = build("vit", drop_path=0.9).train(), torch.randn(2, 3, 64, 64)
+    noise = torch.ones(2, 8)
+    noise[:, 6] = 0.0
+    latent, grads, seen = sums(monkeypatch, encoder, imgs, noise, skips=True)
+    expected, expected_grads, _ = sums(monkeypatch, encoder, imgs, noise, skips=False)
+    assert seen == [2] * 6 + [1, 2]
+    torch.testing.assert_close(latent, expected)
+    of_branch = [name for name in grads if name.startswith(("blocks.3.attn", "blocks.3.norm1"))]
+    assert len(of_branch) == 6 and all(grads[name].abs().max() == 0 for name in of_branch)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vit", "continuous"])
+def test_stochastic_depth_refuses_coords_that_differ(kind):
+    """A branch of some samples would meet the places of others."""
+    encoder = build(kind, drop_path=0.5)
+    coords = layers.raster(encoder.grid)  # (1, N, 2)
+    tokens, noise = encoder.embed(torch.randn(2, 3, 64, 64)), torch.rand(2, 2 * encoder.num_layers)
+    shared = encoder.encode(tokens, coords, noise=noise)
+    torch.testing.assert_close(shared, encoder.encode(tokens, noise=noise), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="coords"):
+        encoder.encode(tokens, coords.expand(2, -1, -1), noise=noise)

@@ -2,6 +2,7 @@
 
     python -m tools.bench           our scripts against torchvision's model of the same family (= yardstick)
     python -m tools.bench ratios    our settings against each other, beside what the papers say
+    python -m tools.bench droppath  fine-tuning with stochastic depth, which leaves out what it drops, against timm's
 
 A pair (A, B) runs A B, B A, A B, ...: every round gives one ratio time(B) / time(A), and a load on the machine falls on
 both. Time is processor time of one CPU thread, or time on a GPU's clock. What is timed is the step block of a script's
@@ -57,13 +58,17 @@ CASES = {  # name: (Config, its options, class of the model)
     "LUT ViT-B": case(lut, lut.LUT, "vit_b", 224),
     "LUT ViT-B, one direction": case(lut, lut.LUT, "vit_b", 224, one_directional=True),
     "fine-tuning ViT-B": case(finetune, finetune.Classifier, "vit_b", 224, mixup=0.0, cutmix=0.0),
-    "fine-tuning ViT-L": case(finetune, finetune.Classifier, "vit_l", 224, mixup=0.0, cutmix=0.0)}
-YARDSTICKS = {  # a model of torchvision with its px: what is measured against it
+    "fine-tuning ViT-L": case(finetune, finetune.Classifier, "vit_l", 224, mixup=0.0, cutmix=0.0, drop_path=0.2),
+    "fine-tuning ViT-L, nothing dropped": case(
+        finetune, finetune.Classifier, "vit_l", 224, mixup=0.0, cutmix=0.0, drop_path=0.0)}
+YARDSTICKS = {  # a model of another library with its px: what is measured against it
     "vit_b_16 224": ["MAE ViT-B", "MAE ViT-B, 1-block decoder", "fine-tuning ViT-B", "SimMIM ViT-B", "LUT ViT-B"],
     "swin_t 256": ["SimMIM Swin-T", "SimMIM PVT-S", "UM-MAE Swin-T", "UM-MAE PVT-S"],
     "swin_b 192": ["SimMIM Swin-B"], "vit_b_16 128": ["FastMIM ViT-B"], "swin_b 128": ["FastMIM Swin-B"]}
 PAIRS = {  # what: [(A, B, what is published of B / A)]; ": target" is what a step does to make its target
     "yardstick": [(ours, theirs, "") for theirs, cases in YARDSTICKS.items() for ours in cases],
+    "droppath": [("fine-tuning ViT-L", "timm:vit_large_patch16_224 224 0.2", ""),
+                 ("fine-tuning ViT-L", "fine-tuning ViT-L, nothing dropped", "")],
     "ratios": [
         ("MAE ViT-B", "MAE ViT-B, mask tokens in encoder", "ViT-L: time 2.8, FLOPs 3.3 (MAE, Tables 1c, 2)"),
         ("UM-MAE Swin-T", "SimMIM Swin-T as in UM-MAE", "time 1.97, memory 2.8 (UM-MAE, Table 3)"),
@@ -111,7 +116,8 @@ class Script:
         loss_sum = torch.zeros((), device=run.device)
         imgs = transforms.normalize(self.imgs.to(run.device, non_blocking=True), cfg)
         with run.autocast():
-            loss = self.loss(imgs, noise.to(run.device, non_blocking=True)) * (len(imgs) / cfg.batch_size)
+            own_noise = noise if self.tunes else noise.to(run.device, non_blocking=True)
+            loss = self.loss(imgs, own_noise) * (len(imgs) / cfg.batch_size)
         run.scaler.scale(loss * run.world_size).backward()  # DDP averages: this makes it a sum
         loss_sum += loss.detach()
 
@@ -131,23 +137,23 @@ class Target(Script):  # what a step does to make its target
         self.model.target(transforms.normalize(self.imgs.to(self.device), self.cfg))
 
 
-def foreign(model, px):
-    """A classifier of torchvision, or of timm, as "timm:vit_base_patch16_224"."""
+def foreign(model, px, drop_path=0.0):
+    """A classifier of torchvision, or of timm, as "timm:vit_base_patch16_224", with stochastic depth."""
     if model.startswith("timm:"):
         import timm
-        return timm.create_model(model.removeprefix("timm:"))
+        return timm.create_model(model.removeprefix("timm:"), drop_path_rate=drop_path)
     sizes = {"image_size": px} if model.startswith("vit") else {}  # any other takes what it is given
     return torchvision.models.get_model(model, **sizes)
 
 
 class Yardstick:  # a classifier of another library
     def __init__(self, name, shared):
-        model, px = name.split()
+        model, px, *drop_path = name.split()  # "swin_t 256", or with the rate of the last block
         B, px = shared["batch_size"], int(px)
         torch.manual_seed(0)
         self.device = torch.device(shared["device"])
         self.dtype = torch.bfloat16 if shared["precision"] == "bf16" else torch.float32
-        self.model = foreign(model, px).to(self.device).train()
+        self.model = foreign(model, px, *map(float, drop_path)).to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.imgs = torch.randn(B, 3, px, px, device=self.device)  # (B, C, H, W)
         self.labels = torch.randint(1000, (B,), device=self.device)  # (B,)

@@ -221,7 +221,7 @@ def main(argv=None):
             (imgs, labels), _, positions = next(batches)  # positions of these images in the global batch
             imgs = transforms.normalize(imgs.to(run.device, non_blocking=True), cfg)  # (B, C, H, W)
             labels = labels.to(run.device, non_blocking=True)
-            own_noise = noise[positions].to(run.device, non_blocking=True)  # (B, 2 * layers)
+            own_noise = noise[positions]  # (B, 2 * layers), on the CPU: see layers.add_branch
             is_last = micro_step == num_micro_batches - 1
             with run.sync_gradients(net, is_last), run.autocast():
                 output = net(imgs, own_noise).float()  # (B, K, H, W)
