@@ -69,9 +69,10 @@ def bright_glyphs(cells):
     return glyphs(cells).sqrt()
 
 
-def grid(path, rows, title="", columns=(), side=0.0):
+def grid(path, rows, title="", columns=(), side=0.0, legend=None, bar=None):
     """Rows of images, {row title: (B, C, H, W) in [0, 1]}, as a PNG with each row named at its left, each of `columns`
-    above it, and images `side` inches wide; by default 1.15 to 2.5, so that their pixels show."""
+    above it, and images `side` inches wide; by default 1.15 to 2.5, so that their pixels show. `legend` says what
+    colours mean, {name: (red, green, blue) in [0, 1]}, `bar` what greys do: (value of black, of white, unit)."""
     if not can_draw():
         return
     first = next(iter(rows.values()))
@@ -88,5 +89,16 @@ def grid(path, rows, title="", columns=(), side=0.0):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9 * scale)
     for axis, name in zip(axes[0], columns, strict=False):
         axis.set_title(name, fontsize=9 * scale, parse_math=False)  # a $ is a $
+    if legend:
+        from matplotlib.patches import Patch
+
+        marks = [Patch(facecolor=colour, edgecolor="0.6", label=name) for name, colour in legend.items()]
+        figure.legend(handles=marks, loc="outside lower center", ncols=6, frameon=False, fontsize=9 * scale)
+    if bar:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+
+        greys = ScalarMappable(Normalize(bar[0], bar[1]), "gray")
+        figure.colorbar(greys, ax=axes, label=bar[2], shrink=0.8, aspect=30, pad=0.01)
     figure.suptitle(title, fontsize=10 * scale)
     save(path)

@@ -8,6 +8,7 @@ rate that is its best of four on validation images (results/sweep.json). Accurac
 
 import argparse
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -56,6 +57,8 @@ def bars(axis, rows):
     """{row: {column: values}} as a bar for every row in a group for every column: means, and a dot for each seed."""
     columns = list(next(iter(rows.values())))
     width = 0.8 / len(rows)
+    highest = max(statistics.mean(values) for cells in rows.values() for values in cells.values())
+    decimals = max(0, 2 - math.floor(math.log10(highest)))  # three digits of the highest, and as many of the others
     for i, (row, cells) in enumerate(rows.items()):
         for group, column in enumerate(columns):
             x, values = group + width * (i - (len(rows) - 1) / 2), cells[column]
@@ -63,7 +66,7 @@ def bars(axis, rows):
             axis.bar(x, mean, 0.9 * width, color=COLOURS[i], label=row if group == 0 else None)
             axis.plot([x] * len(values), values, "k.", ms=3)
             above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-            axis.annotate(runner.number(mean), (x, max(values)), **above)
+            axis.annotate(f"{mean:.{decimals}f}", (x, max(values)), **above)
     axis.set_xticks(range(len(columns)), columns)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")

@@ -174,7 +174,8 @@ def report(cfg, run, model, dataset, **about):
     if run.is_main:
         print(", ".join(f"{name} {value}" for name, value in result.items() if name != "per_class"), flush=True)
         folder.write_text(run.out / "result.json", json.dumps({**about, **result}, indent=1) + "\n")
-        figures.grid(run.out / "pictures" / f"{cfg.task}.png", pictures(model, dataset, run), cfg.task)
+        rows, key = pictures(model, dataset, run)
+        figures.grid(run.out / "pictures" / f"{cfg.task}.png", rows, cfg.task, **key)
 
 
 # ---------------------------------------- Training

@@ -2,6 +2,7 @@
 
 `output` (B, K, H, W) fp32 is what the head makes, `label` (B, H, W) what dense_data.py gives, `pred` (B, H, W) like it;
 of keypoints both are (B, K, H, W).
+`key`: what the colours of painted labels mean, as figures.grid takes it.
 `loss` is the mean over the known pixels of each image, whatever else is in its batch. Tallies add up, over batches and
 processes, to what `scores` needs.
 """
@@ -53,6 +54,11 @@ class Segment:
     def paint(self, label):
         return self.palette[label.long()].movedim(3, 1)  # (B, 3, H, W)
 
+    def key(self, labels):
+        found = labels.unique().tolist()  # there may be 150 classes, but not in one picture
+        names = {k: self.classes[k] if k < len(self.classes) else "not known" for k in found}
+        return {"legend": {name: tuple(self.palette[k].tolist()) for k, name in names.items()}}
+
 
 class Depth:
     """Metres for every pixel, a sigmoid times the largest (SECRETS); error of the logarithm, scale-invariant by half
@@ -90,6 +96,9 @@ class Depth:
 
     def paint(self, label):
         return (label / self.max_depth).clamp(0, 1)[:, None]  # (B, 1, H, W)
+
+    def key(self, labels):
+        return {"bar": (0.0, self.max_depth, "metres")}
 
 
 NEAR, SIGMA = 1 / 32, 2.0  # of the longer side: a keypoint so near is found; pixels, width of a heat map (ours)
@@ -141,6 +150,9 @@ class Keypoints:
     def paint(self, label):
         return F.pad(label, (0, 0, 0, 0, 0, 1)).clamp(0, 1)  # (B, 3, H, W): red is the first, green the second
 
+    def key(self, labels):
+        return {"legend": dict(zip(self.names, [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0)], strict=True))}
+
 
 TASKS = {"segment": Segment, "depth": Depth, "keypoints": Keypoints}
 
@@ -171,8 +183,10 @@ def accuracy(run, model, loader):
 
 @torch.no_grad()
 def pictures(model, dataset, run, n=8):
-    """{row title: (n, C, H, W) in [0, 1]}: the first images of a data set, their labels, what is predicted."""
+    """{row title: (n, C, H, W) in [0, 1]}: the first images of a data set, their labels, what is predicted; and the key
+    to their colours."""
     (imgs, labels), _, _ = next(iter(data.loader(dataset, data.in_order(len(dataset), n))))
     output = model.eval()(transforms.normalize(imgs.to(run.device), run.cfg)).float().cpu()
-    return {"image": imgs / 255, "label": model.task.paint(labels),
-            "prediction": model.task.paint(model.task.predict(output))}
+    pred = model.task.predict(output)
+    rows = {"image": imgs / 255, "label": model.task.paint(labels), "prediction": model.task.paint(pred)}
+    return rows, model.task.key(torch.cat([labels, pred]))

@@ -35,7 +35,7 @@ SAME_NETWORK = {  # row: an earlier row whose random weights are the same, so th
     "FastMIM Swin": "SimMIM Swin"}
 
 RATES = (5e-4, 1e-3, 2e-3)  # of pre-training
-BEYOND = {"SimMIM ViT": 4e-3, "FastMIM ViT": 2.5e-4}  # row: one rate more, as the best of RATES lies at their end
+BEYOND = {"SimMIM ViT": (4e-3, 8e-3), "FastMIM ViT": (2.5e-4,)}  # row: more rates, as the best of RATES is at an end
 TUNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning
 SCRATCH = {arm: times for arm, (times, _) in ARMS.items() if arm != "pre-trained"}  # arm: times the budget
 # The best ones on validation images (results/sweep_*.json); rows that no file has take those of MAE's ViT.
@@ -66,7 +66,7 @@ def sweep(args):
             if name in TRIED:
                 arms = {"pre-training": (pretraining(args.out, name, seed), 1)}
             else:
-                for rate in sorted({*RATES, BEYOND.get(name, RATES[0])}):
+                for rate in sorted([*RATES, *BEYOND.get(name, ())]):
                     arms[f"pre-training {rate:g}"] = pretraining(args.out, name, seed, "--base_lr", rate), 1
             for arm, (encoder, times) in arms.items():
                 for rate in TUNING_RATES:

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,20 @@ def test_a_grid_has_a_row_for_each_name(tmp_path, C):
     figures.grid(tmp_path / "new" / "a.png", {"one": torch.rand(4, C, 8, 16), "two": torch.rand(4, 1, 8, 16)})
     with Image.open(tmp_path / "new" / "a.png") as picture:
         assert picture.width > 2 * picture.height
+
+
+def test_a_grid_says_what_its_colours_mean(tmp_path):
+    """The legend has a patch of every colour below the images; the bar runs from black to white at their right."""
+    rows = {"one": torch.full((4, 3, 16, 16), 0.5)}
+    figures.grid(tmp_path / "a.png", rows, legend={"moon": (1.0, 0.0, 0.0), "star": (0.0, 0.0, 1.0)})
+    figures.grid(tmp_path / "b.png", rows, bar=(0.0, 20.0, "metres"))
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+        below = pixels[pixels.shape[0] * 2 // 3 :].reshape(-1, 3)
+        assert all((below == colour).all(axis=1).sum() > 20 for colour in ([255, 0, 0], [0, 0, 255]))
+    with Image.open(tmp_path / "b.png") as picture:
+        right = np.asarray(picture.convert("L"))[:, picture.width * 3 // 4 :]
+        assert len(np.unique(right)) > 100
 
 
 def test_without_matplotlib_nothing_is_drawn_and_that_is_said_once(no_matplotlib, tiny, call, tmp_path):

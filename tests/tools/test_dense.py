@@ -408,6 +408,24 @@ def test_pck_by_hand():
     assert painted.shape == (4, 3, 12, 32) and torch.equal(painted[:, :2], label) and painted[:, 2].max() == 0
 
 
+@pytest.mark.parametrize("name", dense_tasks.TASKS)
+def test_the_key_says_what_colours_mean(name, monkeypatch):
+    """Of segmentation those that occur; each colour of the legend is the one that `paint` gives."""
+    task = dense_tasks.TASKS[name](["ground", "a", "b", "c"], 20.0)
+    if name == "segment":
+        label = torch.tensor([[[0, 1, 3, dense_tasks.UNKNOWN]]])  # (1, 1, 4)
+        painted = task.paint(label)[0, :, 0].T  # (4, 3)
+        expected = dict(zip(["ground", "a", "c", "not known"], map(tuple, painted.tolist()), strict=True))
+        assert task.key(label) == {"legend": expected}
+    elif name == "depth":
+        low, high, unit = task.key(torch.tensor([[[5.0]]]))["bar"]
+        assert task.paint(torch.tensor([[[low, high]]])).flatten().tolist() == [0, 1] and unit == "metres"
+    else:
+        label = torch.eye(2)[None, :, None]  # (1, 2, 1, 2): the centre in the first pixel, the tip in the second
+        painted = task.paint(label)[0, :, 0].T  # (2, 3)
+        assert [list(colour) for colour in task.key(label)["legend"].values()] == painted.tolist()
+
+
 def test_the_loss_of_heat_maps_against_plain_loops():
     task, output, label = dense_tasks.Keypoints(None, 0), torch.randn(2, 2, 3, 4), torch.rand(2, 2, 3, 4)
     label[1] = 0  # both are out of the picture
