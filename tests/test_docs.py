@@ -368,6 +368,50 @@ def test_what_a_command_reads_another_one_writes():
     assert not missing
 
 
+def test_a_page_can_be_pasted_from_top_to_bottom():
+    """What a page writes, it writes before it reads it; and no run meets a folder that holds one, but for the same run
+    started another way, as on eight GPUs."""
+    pages = {}
+    for page, command in of_ours():
+        pages.setdefault(page, []).append(command)
+    late, twice = [], []
+    for page, commands in pages.items():
+        outputs = [output_of(command) for command in commands]
+        for i, command in enumerate(commands):
+            name, _, words = split(command)
+            own, before = outputs[i], set(outputs[:i])
+            for word in (word for word in words if word.startswith("runs/") and word != own):
+                folders = {word, str(Path(word).parent)}
+                if folders & set(outputs) and not folders & before:
+                    late.append((page, command, word))
+            is_run = hasattr(importlib.import_module(name), "Config") if name not in FOREIGN else False
+            if is_run and own and own in before and not {"--resume", "--overwrite"} & set(words):
+                other = commands[outputs.index(own)]
+                if sorted(split(other)[2]) != sorted(words) or split(other)[0] != name:
+                    twice.append((page, command))
+    assert len(pages) > 60 and not late and not twice
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tool_writes_below_runs_unless_told_otherwise(name, monkeypatch):
+    """No command that a reader pastes changes a file under results/."""
+    commands = [command for _, command in of_ours() if split(command)[0] == name]
+    for command in commands:
+        words = split(command)[2]
+        parsed = vars(parse(name, words, monkeypatch))
+        for option in ("out", "json"):
+            path = str(parsed.get(option) or "runs/")
+            is_given = path in words
+            assert path.startswith("runs/") or (is_given and not path.startswith("results")), (command, option, path)
+
+
+def test_files_of_numbers_are_named_after_what_they_hold():
+    """results/bench_ratios_epyc_cpu.json: the measurement, and, where there are several, which of them."""
+    for path in (ROOT / "results").glob("*.json"):
+        what = json.loads(path.read_text())["what"]
+        assert path.stem == what or path.stem.startswith(f"{what}_"), path.name
+
+
 def test_a_folder_belongs_to_one_recipe():
     recipes = {}
     for _, command in of_ours():
