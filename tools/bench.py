@@ -3,6 +3,7 @@
     python -m tools.bench           our scripts against torchvision's model of the same family (= yardstick)
     python -m tools.bench ratios    our settings against each other, beside what the papers say
     python -m tools.bench droppath  fine-tuning with stochastic depth, which leaves out what it drops, against timm's
+    python -m tools.bench compile   our scripts with --compile against the same without
 
 A pair (A, B) runs A B, B A, A B, ...: every round gives one ratio time(B) / time(A), and a load on the machine falls on
 both. Time is processor time of one CPU thread, or time on a GPU's clock. What is timed is the step block of a script's
@@ -65,6 +66,8 @@ YARDSTICKS = {  # a model of another library with its px: what is measured again
     "swin_b 192": ["SimMIM Swin-B"], "vit_b_16 128": ["FastMIM ViT-B"], "swin_b 128": ["FastMIM Swin-B"]}
 PAIRS = {  # what: [(A, B, what is published of B / A)]; ": target" is what a step does to make its target
     "yardstick": [(ours, theirs, "") for theirs, cases in YARDSTICKS.items() for ours in cases],
+    "compile": [(name, f"{name}: compiled", "") for name in (
+        "MAE ViT-B", "SimMIM ViT-B", "UM-MAE Swin-T", "FastMIM ViT-B", "LUT ViT-B", "fine-tuning ViT-B")],
     "droppath": [("fine-tuning ViT-L", "timm:vit_large_patch16_224 224 0.2", "")],
     "ratios": [
         ("MAE ViT-B", "MAE ViT-B, mask tokens in encoder", "ViT-L: time 2.8, FLOPs 3.3 (MAE, Tables 1c, 2)"),
@@ -88,7 +91,7 @@ class Script:
         self.device, self.dtype = self.run.device, self.run.dtype
         self.tunes = method is finetune.Classifier
         model = finetune.build_classifier(cfg, None, range(1000)) if self.tunes else method(cfg)
-        self.model = model.to(self.device).train()
+        self.model = self.run.distribute(model.to(self.device).train())
         if self.tunes:
             self.optimizer = finetune.build_optimizer(cfg, self.model)
         else:
@@ -164,10 +167,10 @@ class Yardstick:  # a classifier of another library
 
 
 def make(name, shared):
-    name, _, target = name.partition(": ")
+    name, _, part = name.partition(": ")
     if name not in CASES:
         return Yardstick(name, shared)
-    return Target(name, shared) if target else Script(name, shared)
+    return Target(name, shared) if part == "target" else Script(name, {**shared, "compile": part == "compiled"})
 
 
 def seconds(device, work, *inputs):
@@ -211,19 +214,24 @@ def peak_bytes(name, shared):
 def measure(a, b, shared, args):
     """One line of the table as plain data; lists of two are [of A, of B], per step of `batch` images."""
     sides = [make(name, shared) for name in (a, b)]
-    flops = [flops_of(side) for side in sides]
+    compiles = b.endswith(": compiled")  # there is no counting in a graph, and in a fresh process it is made again
+    flops = [flops_of(side) for side in (sides[:1] * 2 if compiles else sides)]
     times = [[], []]
+    begin = time.monotonic()
+    sides[1].step(0)  # here, if at all, it compiles
+    first_seconds = time.monotonic() - begin
     for i in range(args.rounds + 1):
         for side in (i % 2, 1 - i % 2):
             times[side].append(seconds(sides[side].device, sides[side].step, i))
     times = [own[1:] for own in times]  # the first round warms up
     rate = product_rate(sides[0].device, sides[0].dtype, 8192 if args.device == "cuda" else 1024)
     argv = f"-m tools.bench --memory_batch {args.memory_batch} --precision {shared['precision']} --device {args.device}"
-    peaks = [int(subprocess.check_output([sys.executable, *argv.split(), "--peak", name])) for name in (a, b)]
+    peaks = [int(subprocess.check_output([sys.executable, *argv.split(), "--peak", name]))
+             for name in (a, b) if not compiles]
     return {"pair": [a, b], "precision": shared["precision"], "batch": shared["batch_size"],
             "seconds": times, "ratios": [tb / ta for ta, tb in zip(*times, strict=True)],
             "median": [statistics.median(own) for own in times], "flops": flops, "memory_batch": args.memory_batch,
-            "peak_bytes": peaks, "matmul_flops_per_second": rate}
+            "peak_bytes": peaks or [0, 0], "matmul_flops_per_second": rate, "first_seconds": first_seconds}
 
 
 def table(record):
@@ -233,13 +241,16 @@ def table(record):
         a, b = row["pair"]
         ratios, median, flops, peaks = sorted(row["ratios"]), row["median"], row["flops"], row["peak_bytes"]
         shares = [flops[i] / median[i] / row["matmul_flops_per_second"] for i in (0, 1)]
-        memory = f"{peaks[1] / peaks[0]:.2f} (at {row.get('memory_batch', row['batch'])})" if peaks[0] else ""
-        rows[f"{b} / {a}, {row['precision']}, batch {row['batch']}"] = {
-            "time (range)": f"**{statistics.median(ratios):#.3g}** ({ratios[0]:#.3g} to {ratios[-1]:#.3g})",
-            "FLOPs": f"{flops[1] / flops[0]:.2f}", "memory": memory,
-            "images/s": " / ".join(f"{row['batch'] / time:.2f}" for time in reversed(median)),
-            "share of matmul rate": " / ".join(f"{share:.0%}" for share in reversed(shares)),
-            "published": published.get((a, b), "")}
+        memory_batch = row.get("memory_batch", row["batch"])
+        cells = {"time (range)": f"**{statistics.median(ratios):#.3g}** ({ratios[0]:#.3g} to {ratios[-1]:#.3g})",
+                 "FLOPs": f"{flops[1] / flops[0]:.2f}",
+                 "memory": f"{peaks[1] / peaks[0]:.2f} (at {memory_batch})" if peaks[0] else "",
+                 "images/s": " / ".join(f"{row['batch'] / time:.2f}" for time in reversed(median)),
+                 "share of matmul rate": " / ".join(f"{share:.0%}" for share in reversed(shares)),
+                 "published": published.get((a, b), "")}
+        if b.endswith(": compiled"):
+            cells = {"time (range)": cells["time (range)"], "first step": f"{row['first_seconds']:.0f} s"}
+        rows[f"{b} / {a}, {row['precision']}, batch {row['batch']}"] = cells
     machine = record["machine"]
     device = record.get("gpu") or machine["processor"]
     about = f"{device}, torch {machine['torch']}, commit {record['commit']}, {record['date']}"
@@ -271,7 +282,7 @@ def main(argv=None):
     if not pairs:
         config.fail(f"--cases {args.cases}: no pair of {args.what} is called so")
 
-    path = args.json or Path("runs") / f"bench_{args.what}_{args.device}.json"
+    path = args.json or Path("runs", f"bench_{args.what}_{args.device}.json")
     command = " ".join(["python -m tools.bench", *(sys.argv[1:] if argv is None else argv)])
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     record = runner.new_record(f"bench_{args.what}", [command], [0], gpu=gpu, results=[])

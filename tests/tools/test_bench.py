@@ -99,6 +99,34 @@ def test_result_file_and_table(tiny, tmp_path, capsys, what):
     assert ("2.8x" in printed) == (what == "ratios")
 
 
+def test_a_compiled_step_beside_its_own(tiny, monkeypatch, tmp_path, capsys):
+    """B is the same script with --compile; its first step, in which it compiles, is no round."""
+    real, compiled = torch.nn.Module.compile, []
+
+    def noted(model):
+        compiled.append(type(model))
+        real(model, backend="eager")  # without the minutes of generating code
+
+    monkeypatch.setattr(torch.nn.Module, "compile", noted)
+    monkeypatch.setattr(bench, "PAIRS", {"compile": [("tiny MAE", "tiny MAE: compiled", "")]})
+    path = tmp_path / "bench.json"
+    words = ["compile", "--rounds", "2", "--batch", "2", "--precision", "fp32", "--device", "cpu", "--json", str(path)]
+    bench.main(words)
+    [row] = json.loads(path.read_text())["results"]
+    assert compiled == [mae.MAE] and row["peak_bytes"] == [0, 0] and row["flops"] == [3 * FORWARD - EMBED] * 2
+    assert row["first_seconds"] > max(row["seconds"][1]) and len(row["ratios"]) == 2
+    printed = capsys.readouterr().out
+    assert f"| tiny MAE: compiled / tiny MAE, fp32, batch 2 | **{sum(row['ratios']) / 2:#.3g}**" in printed
+    torch._dynamo.reset()
+
+
+def test_stochastic_depth_of_the_yardstick():
+    """The third word of a name is the rate of timm's last block."""
+    side = bench.Yardstick("timm:vit_tiny_patch16_224 224 0.2", shared())
+    rates = [block.drop_path1.drop_prob for block in side.model.blocks if hasattr(block.drop_path1, "drop_prob")]
+    assert max(rates) == pytest.approx(0.2) and bench.CASES["fine-tuning ViT-L"][1]["drop_path"] == 0.2
+
+
 def test_numbers_go_below_runs_unless_asked_for(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bench.main(["--rounds", "1", "--batch", "2", "--precision", "fp32", "--device", "cpu"])
