@@ -35,8 +35,10 @@ SAME_NETWORK = {  # row: an earlier row whose random weights are the same, so th
     "FastMIM Swin": "SimMIM Swin"}
 
 RATES = (5e-4, 1e-3, 2e-3)  # of pre-training
-BEYOND = {"SimMIM ViT": (4e-3, 8e-3), "FastMIM ViT": (2.5e-4,)}  # row: more rates, as the best of RATES is at an end
 TUNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning
+# Where the best of these lies at an end: more of them, {row: rates}, of fine-tuning for what was pre-trained
+BEYOND = {"SimMIM ViT": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "FastMIM ViT": (2.5e-4,)}
+TUNING_BEYOND = {"SimMIM ViT": (1.6e-2,)}
 SCRATCH = {arm: times for arm, (times, _) in ARMS.items() if arm != "pre-trained"}  # arm: times the budget
 # The best ones on validation images (results/sweep_*.json); rows that no file has take those of MAE's ViT.
 PRETRAINED = dict.fromkeys(METHODS, 1e-3) | {"SimMIM ViT": 2e-3, "FastMIM ViT": 5e-4}  # row: rate of pre-training
@@ -69,7 +71,8 @@ def sweep(args):
                 for rate in sorted([*RATES, *BEYOND.get(name, ())]):
                     arms[f"pre-training {rate:g}"] = pretraining(args.out, name, seed, "--base_lr", rate), 1
             for arm, (encoder, times) in arms.items():
-                for rate in TUNING_RATES:
+                more = () if arm in SCRATCH else TUNING_BEYOND.get(name, ())
+                for rate in (*TUNING_RATES, *more):
                     words = ["--labels", 500, "--epochs", times * BUDGET[500], "--base_lr", rate]
                     out = encoder.out / slug(f"x{times} {rate:g}")
                     job = tuning(FINETUNE, encoder, *words, out=out, seed=seed, split="val")
