@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import sys
 import types
 
@@ -104,7 +105,8 @@ def balanced(labels, n, seed):
     """n indices, sorted: equally many of every class, or all it has. A larger n holds them, too."""
     num_classes = len(np.unique(labels))
     if not num_classes <= n <= len(labels):
-        raise ValueError(f"--labels {n}: there are {len(labels)} images of {num_classes} classes")
+        raise ValueError(f"--labels {n}: there are {len(labels)} images of {num_classes} classes; "
+                         "--labels 0 takes all")
 
     # In a random order: the first image of every class, then the second of every class, ...
     generator = torch.Generator().manual_seed(seed_of(seed, "labels"))
@@ -355,8 +357,8 @@ def probe_sets(cfg, run):
     try:
         sets = labelled_set(cfg, "train", augment=False), labelled_set(cfg, "val")
     except (ValueError, OSError) as error:
-        raise ValueError("--probe_epochs compares images with labels, and --probe_data names "
-                         f"those if they are not in --data: {error}") from error
+        text = re.sub(r"--(data|labels)\b", r"--probe_\1", str(error))
+        raise ValueError(f"--probe_epochs compares images with labels; by default those of --data: {text}") from error
     return [evaluation(dataset, cfg, run) for dataset in sets]
 
 

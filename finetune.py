@@ -116,14 +116,17 @@ class Config(config.RunConfig):
         if self.init == "none" and self.eval:
             raise ValueError("--eval needs a classifier in --init")
         if self.init == "none" and self.model == "auto":
-            raise ValueError("--init none needs a --model")
+            raise ValueError("--init, the encoder.pt of a pre-trained network, is missing; --model "
+                             "starts one from random weights instead")
 
     def next_commands(self):
-        return [f"python -m tools.show IMAGE --init {self.out}/encoder.pt",
-                f"python -m tools.show --confusion {self.out}/result.json"]
+        return [["-m", "tools.show", "IMAGE", "--init", f"{self.out}/encoder.pt"],
+                ["-m", "tools.show", "--confusion", f"{self.out}/result.json"]]
 
     def evaluates_only(self):
         return self.eval or self.mode == "knn"
+
+    own_recipes = True
 
 
 # What --mode linear has for defaults: MAE's linear probing of ViT-B (A.1), but for the class token

@@ -89,7 +89,8 @@ def load(path):
     is damaged; FileNotFoundError."""
     saved = checkpoint.read(path)
     if not isinstance(saved, dict) or not {"arch", "model"} <= saved.keys():
-        raise ValueError(f"{path} is not an encoder.pt of this project")
+        hint = ", but a last.pt; encoder.pt lies beside it" if checkpoint.is_run(saved) else ""
+        raise ValueError(f"{path} is not an encoder.pt of this project{hint}")
     has_norm = "norm.weight" in saved["model"]  # of what was fine-tuned, a head has it
     encoder = from_arch(saved["arch"], final_norm=has_norm)
     checkpoint.load_exactly(encoder, saved["model"], path)

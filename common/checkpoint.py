@@ -167,6 +167,10 @@ def exists(path):
 def require_room(path):
     """FileNotFoundError if there is no such file; ValueError if it is, or claims to be, larger than this machine's
     memory."""
+    if Path(path).is_dir():
+        inside = [str(Path(path) / name) for name in ("encoder.pt", "last.pt") if (Path(path) / name).is_file()]
+        meant = f"; {' or '.join(inside)} may be meant" if inside else ", and no checkpoint"
+        raise FileNotFoundError(f"{path} is a folder{meant}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # Windows has none
@@ -212,7 +216,9 @@ def require_run(saved, path):
             or not all(is_kind(saved[name], kind) for name, kind in later.items() if name in saved) \
             or not 0 <= saved.get("logged_step", 0) <= saved["step"] \
             or not all(is_kind(total, float) and math.isfinite(total) for total in saved.get("sums", {}).values()):
-        raise ValueError(f"{path} is not a last.pt of this project")
+        is_encoder = isinstance(saved, dict) and {"arch", "model"} <= saved.keys()
+        beside = f"; the last.pt beside it is: {Path(path).with_name('last.pt')}" if is_encoder else ""
+        raise ValueError(f"{path} is not a last.pt of this project{beside}")
 
 
 def first_not_finite(content, name=""):

@@ -66,6 +66,8 @@ class RunConfig:
 
     # A script's own options that may differ in a resumed run. (Where there is BatchNorm, this one changes numbers.)
     may_change = ("micro_batch",)
+    # Does the script refuse recipes of other scripts? Those that pre-train share configs/tiny.yaml.
+    own_recipes = False
 
     def check(self):
         """ValueError for numbers that make no run; of each script's recipe, too."""
@@ -92,13 +94,30 @@ class RunConfig:
         return False
 
     def next_commands(self):
-        """What may be typed after a run, printed at its end: after pre-training, how to fine-tune its encoder."""
-        recipes = {"shapes": "finetune_tiny", "cifar10": "cifar10_finetune", "cifar100": "cifar10_finetune"}
-        words = ["--config", f"configs/{recipes[self.data]}.yaml"] if self.data in recipes else []
-        words += ["--init", f"{self.out}/encoder.pt"]
-        if self.data not in ("shapes", "cifar10"):  # those are in the recipe
-            words += ["--data", self.data]
-        return [shlex.join(["python", "finetune.py", *words, "--out", f"{self.out}_tuned"])]
+        """What may be typed after a run, printed at its end, each as a list of words: after pre-training, how to
+        fine-tune its encoder, and to see what it reconstructs."""
+        recipe, more = self.tuning_recipe()
+        words = ["--config", f"configs/{recipe}.yaml"] if recipe else []
+        words += ["--init", f"{self.out}/encoder.pt", *more]
+        if self.data.startswith(("cifar", "torchvision:")) and self.data_dir != "data":
+            words += ["--data_dir", self.data_dir]
+        return [["finetune.py", *words, "--out", f"{self.out}_tuned"],
+                ["-m", "tools.show", "IMAGE", "--init", f"{self.out}/last.pt"]]
+
+    def tuning_recipe(self):
+        """(recipe of fine-tuning that fits this run, or None; options that it needs)."""
+        recipes = {"shapes": "finetune_tiny", "cifar10": "cifar10_finetune"}
+        if self.data in recipes:  # which say --data
+            return recipes[self.data], []
+        is_folder = not self.data.startswith(("cifar", "torchvision:"))
+        has_labels = not is_folder or class_folders_in(Path(self.data, "train"))
+        words = ["--data", self.data if has_labels else "FOLDER_WITH_LABELS"]
+        if max(self.img_size) <= 64:  # as small as the images of these recipes
+            recipe = "finetune_tiny" if is_folder else "cifar10_finetune"
+            return recipe, [*words, "--labels", "0", "--batch_size", str(min(32, self.batch_size))]
+        own = Path(inspect.getfile(type(self))).stem.removesuffix("_mae")
+        names = [f"finetune_{own}_{self.model}", f"finetune_{self.model}"]
+        return next((name for name in names if (ROOT / "configs" / f"{name}.yaml").exists()), None), words
 
     def fixed_options(self):
         """The options that a resumed run must share with its beginning: all that can change a number."""
@@ -107,6 +126,19 @@ class RunConfig:
         free = {field.name for field in dataclasses.fields(RunConfig)} - tied
         free.update(self.may_change)
         return {name: value for name, value in to_plain(dataclasses.asdict(self)).items() if name not in free}
+
+
+def class_folders_in(folder):
+    """Does this folder hold folders, as of classes?"""
+    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+
+
+def typed(words, program="python"):
+    """A command to type, of words behind `python` or torchrun: with the interpreter that runs, as it was named."""
+    python = sys.orig_argv[0]
+    if program != "python":
+        python = str(Path(python).with_name(program)) if Path(python).name != python else program
+    return shlex.join([python, *map(str, words)])
 
 
 # ---------------------------------------- Checks and errors
@@ -229,10 +261,16 @@ def parse(config_class, doc, argv=None, presets=None):
         name = rest[0][2:].partition("=")[0]
         fail(f"unknown option --{name}{nearest(name, ['config', *kinds])}")
     if rest:
-        fail(f"did not expect {rest[0]!r}: options are written --key value; --help lists them")
+        is_recipe = rest[0].endswith((".yaml", ".yml"))
+        fail(f"did not expect {rest[0]!r}: " + (f"a recipe is written --config {rest[0]}" if is_recipe else
+                                                "options are written --key value; --help lists them"))
 
     values, flags = {}, vars(found)
     for path in flags.pop("config", []):
+        if path is None:
+            fail("--config takes a recipe, as in --config configs/tiny.yaml, and none is given")
+        if config_class.own_recipes and (other := of_another_script(path, config_class)):
+            fail(f"--config {path}{other}")
         for key, value in read_yaml(path, Path(inspect.getfile(config_class)).stem).items():
             if key not in kinds:
                 fail(f"unknown option {path}: {key}{of_another_script(path, config_class) or nearest(key, kinds)}")
@@ -260,8 +298,12 @@ def written(name, config_class):
 
 def of_another_script(path, config_class):
     """The end of an error message about a recipe: what it is for, if the command in its comment is of another one."""
-    text = Path(path).read_text(encoding="utf-8")
-    found = re.search(r"^# +(?:python|torchrun) .*?(?:-m )?([\w.]+?)(?:\.py)? --config", text, re.M)
+    try:
+        text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+    except (OSError, UnicodeDecodeError):  # read_yaml says what is wrong with it
+        return ""
+    found = re.search(r"^# +(?:python|torchrun) .*?(?:-m )?([\w.]+?)(?:\.py)? --config", text, re.M) or \
+        re.search(r"^  command: .*?([\w.]+?)(?:\.py)? --", text, re.M)  # in a run's own config.yaml
     own = Path(inspect.getfile(config_class)).stem
     if not found or found[1].rpartition(".")[2] == own:
         return ""
@@ -295,7 +337,7 @@ def make_parser(config_class, kinds, doc):
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, argument_default=argparse.SUPPRESS,
                                      usage="%(prog)s [--config FILE.yaml] [--option value ...]", allow_abbrev=False)
     parser.error = fail  # one line, without the usage
-    parser.add_argument("--config", action="append", metavar="FILE.yaml",
+    parser.add_argument("--config", action="append", nargs="?", metavar="FILE.yaml",
                         help="recipe that sets any of the options below; flags override it")
     groups = {}
     for name, (heading, comment) in describe(config_class).items():
@@ -335,6 +377,8 @@ def parse_value(name, kind, value):
         with contextlib.suppress(TypeError, ValueError, OverflowError):  # falls through to the one message below
             if math.isfinite(kind(value)):
                 return kind(value)
+    if kind is bool:
+        fail(f"--{name} is a switch: alone, or with true or false, and not {value!r}")
     fail(f"--{name} takes {kind.__name__} and not {value!r}")
 
 

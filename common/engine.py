@@ -15,7 +15,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import signal
 import sys
 import time
@@ -101,7 +100,7 @@ class Run:
         self.out, self.lock = Path(cfg.out), folder.Lock(cfg.out)
 
         # The loop's progress; `begin` sets the first line
-        self.start_step = self.last_step = self.steps_per_epoch = self.steps_done = 0
+        self.start_step = self.last_step = self.num_steps = self.steps_per_epoch = self.steps_done = 0
         self.caught_signal, self.stop_requested = 0, False  # by this process, by any process
         self.previous_handlers, self.bar, self.batches, self.model = {}, None, None, None
         self.write_line, self.close_logger = None, None  # of --logger
@@ -143,7 +142,8 @@ class Run:
         self.start_step = self.steps_done = self.logged_step = saved["step"] if saved else 0
         if saved and "sums" in saved:  # since the last line of the log; a file of an earlier version has none
             self.logged_step, self.sums = saved["logged_step"], collections.Counter(saved["sums"])
-        self.last_step = min(cfg.max_steps or schedule.steps, schedule.steps)
+        self.num_steps = schedule.steps
+        self.last_step = max(self.start_step, min(cfg.max_steps or schedule.steps, schedule.steps))
         self.steps_per_epoch = sampler.steps_per_epoch
         self.previous_handlers = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM)}
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -157,6 +157,8 @@ class Run:
                 "precision": f"{self.dtype} on {self.device}", "out": self.out}
         for name, value in head.items():
             config.print_once(f"{name.replace('_', ' '):>26}: {value}")
+        if self.start_step >= self.last_step:
+            config.print_once(f"nothing is left to train: the run in {self.out} has done {self.start_step} steps")
         if self.is_main:
             options = config.to_plain(dataclasses.asdict(cfg))
             self.write_line, self.close_logger = loggers.open_logger(cfg.logger, self.out, self.start_step, options)
@@ -170,6 +172,10 @@ class Run:
         then = {**type(self.cfg)().fixed_options(), **saved["config"]}  # an option newer than the file had its default
         now = self.cfg.fixed_options()
         changed = [f"--{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value]
+        unknown = sorted(saved["config"].keys() - now.keys())
+        if changed and unknown:
+            raise checkpoint.OtherRun(f"{path} is of another script, which has --{unknown[0]}; give this run a new "
+                                      "--out")
         if changed:
             raise checkpoint.OtherRun(f"--resume with other options: {', '.join(changed)}; give those a new --out")
         images = saved.get("images", self.images_of_run)
@@ -416,8 +422,10 @@ class Run:
             shown = [name for name in ("encoder.pt", "last.pt", "log.jsonl", "log.csv", "result.json", "pictures/")
                      if (self.out / name).exists()]
             config.print_once(f"{self.out} holds {', '.join(shown)}; next:")
-            for command in self.cfg.next_commands():
-                config.print_once(f"  {command}")
+            if self.last_step < self.num_steps:
+                config.print_once(f"  {command_again(self.world_size, '--max_steps')}    # up to step {self.num_steps}")
+            for words in self.cfg.next_commands():
+                config.print_once(f"  {config.typed(words)}")
 
 
 # ---------------------------------------- What Run is made of
@@ -459,16 +467,18 @@ def choose_device(cfg):
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def command_again(world_size):
-    """The command that started this process, or torchrun, with --resume."""
+def command_again(world_size, without=None):
+    """The command that started this process, or torchrun, with --resume, and without an option and its value."""
     words = [word for word in sys.orig_argv[1:] if word not in ("-u", "--overwrite")]
+    if without in words:
+        place = words.index(without)
+        del words[place : place + 2]
+    words += ["--resume"] * ("--resume" not in words)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return config.typed(words)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", "--nproc-per-node", str(local)]
-    if world_size > local:
-        launcher += ["--nnodes", str(world_size // local), "..."]
-    return shlex.join([*launcher, *words, *["--resume"] * ("--resume" not in words)])
+    nodes = ["--nnodes", world_size // local, "..."] if world_size > local else []
+    return config.typed(["--nproc-per-node", local, *nodes, *words], "torchrun")
 
 
 def describe_images(source):

@@ -119,3 +119,7 @@ def report(run, result, **about):
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  mean of classes "
               f"{result['mean_per_class']:.2f} %  of {result['images']} images", flush=True)
         folder.write_text(run.out / "result.json", json.dumps({**about, **result}, indent=1) + "\n")
+        if run.steps_done > run.start_step:
+            run.note(**about, top1=result["top1"], top5=result["top5"])
+        else:  # nothing was trained: no line at the end says where the numbers are
+            print(f"numbers: {run.out / 'result.json'}", flush=True)

@@ -255,14 +255,15 @@ class Folder:
     def __init__(self, root, split, in_chans=3, labelled=False, min_side=0, pick=None, value_range=(), alone=False):
         root = Path(root)
         if not root.is_dir():
-            raise FileNotFoundError(f"--data {root}: no such folder (nor is it one of shapes, cifar10, cifar100, "
-                                    "torchvision:NAME)")
+            raise FileNotFoundError(f"--data {root}: no such folder (nor is it one of shapes, cifar10, cifar100, or "
+                                    "torchvision:NAME, as torchvision:STL10)")
         if split == "test" and not (root / "test").is_dir():
             print_once(f"{root} has no test/: its val/ is taken")
             split = "val"
         if labelled and not ((alone or (root / "train").is_dir()) and (root / split).is_dir()):
             found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-            raise ValueError(f"--data {root}: labels need {root}/train/CLASS/ and {root}/{split}/CLASS/; found {found}")
+            others = f"{root}/{'val' if split == 'train' else split}/CLASS/"
+            raise ValueError(f"--data {root}: labels need {root}/train/CLASS/ and {others}; found {found}")
 
         self.root = root / split if labelled or (root / split).is_dir() else root
         self.in_chans, self.min_side = in_chans, min_side

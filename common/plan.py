@@ -8,6 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.config import print_once
+
 CARD = 24e9  # bytes of the card that recipes are sized for
 SPARE = 2e9  # bytes of it that stay free: the allocator's gaps, and what is alive for a moment (ours)
 CUDA_CONTEXT = 1.5e9  # bytes of CUDA's context and workspaces: an assumption
@@ -61,18 +63,19 @@ def show(cfg, build):
     """Print what the model `build(cfg)` costs: parameters, FLOPs, memory per micro_batch, the micro_batch for 24 GB."""
     cost = estimate(cfg, build)
     dtype = "fp32" if cfg.precision == "fp32" else "bf16"
-    print(f"{cost.trained / 1e6:.1f} M trained parameters\n"
-          f"{cost.forward_flops / 1e9:.2f} GFLOPs an image forward (a multiply-add is two), "
-          f"{cost.step_flops / 1e9:.2f} in a step")
-    print(f"{cost.per_image / 1e6:.1f} MB an image kept for backward in {dtype}, {cost.besides / 1e9:.2f} GB besides")
+    print_once(f"{cost.trained / 1e6:.1f} M trained parameters\n"
+               f"{cost.forward_flops / 1e9:.2f} GFLOPs an image forward (a multiply-add is two), "
+               f"{cost.step_flops / 1e9:.2f} in a step")
+    print_once(f"{cost.per_image / 1e6:.1f} MB an image kept for backward in {dtype}, "
+               f"{cost.besides / 1e9:.2f} GB besides")
     asked = min(cfg.micro_batch, cfg.batch_size)
     for n in sorted({1, 8, 32, 64, 128, 256, 512, asked}):
         mark = "  <- as these options have it" * (n == asked)
-        print(f"  --micro_batch {n:<4} {cost.bytes(n) / 1e9:7.2f} GB{mark}")
+        print_once(f"  --micro_batch {n:<4} {cost.bytes(n) / 1e9:7.2f} GB{mark}")
     fits = min(cfg.batch_size, cost.fits())
-    print(f"largest on 24 GB, of which {SPARE / 1e9:g} stay free: --micro_batch {fits} (an estimate)")
+    print_once(f"largest on 24 GB, of which {SPARE / 1e9:g} stay free: --micro_batch {fits} (an estimate)")
     for gpus in (1, 8):
-        print(f"  on {gpus} GPU(s): --micro_batch {micro_batch(cfg.batch_size, gpus, fits)}")
+        print_once(f"  on {gpus} GPU(s): --micro_batch {micro_batch(cfg.batch_size, gpus, fits)}")
 
 
 def micro_batch(batch_size, gpus, fits):

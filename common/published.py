@@ -26,7 +26,8 @@ def class_of(name):
     datasets, short = torchvision.datasets, name.removeprefix(PREFIX)
     known = [other for other in datasets.__all__ if takes_root(getattr(datasets, other))]
     if short not in known:
-        close = difflib.get_close_matches(short, known, n=1)
+        same = [other for other in known if other.lower() == short.lower()]
+        close = same or difflib.get_close_matches(short, known, n=1)
         hint = f"did you mean {PREFIX}{close[0]}?" if close else f"it has {', '.join(known)}"
         raise ValueError(f"--data {name}: torchvision has no such data set; {hint}")
     return getattr(datasets, short)

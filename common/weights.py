@@ -120,6 +120,8 @@ def as_in_init(cfg, from_arch, sizes):
     """(cfg with model, patch_size, in_chans, img_size, mean, std and value_range as --init has them, content of --init
     or None). ValueError or FileNotFoundError if it is no encoder, or another one than the options ask for."""
     saved, arch = None, {"in_chans": 3, "img_size": (224, 224)}
+    if cfg.plan and cfg.model != "auto" and not Path(cfg.init).exists():  # before it is made; --model says the size
+        cfg = dataclasses.replace(cfg, init="none")
     if cfg.init != "none":
         saved = read_encoder(cfg.init, from_arch, sizes, cfg.init_size, cfg.num_heads, cfg.weights)
         arch = saved["arch"]

@@ -26,7 +26,9 @@ from matplotlib.figure import Figure
 import finetune
 import lut
 import mae
+import models
 from common import config, engine, jpeg, optim
+from tools import dense, show
 from tools.trials import finish, fork, start, torchrun
 
 SCRIPTS = {"mae": mae, "finetune": finetune}
@@ -827,7 +829,7 @@ def test_last_pt_as_init_names_the_encoder_beside_it(finished, tuned, call, tmp_
 
 def test_probes_of_a_folder_without_labels(tiny, folder, call, tmp_path):
     done = call(mae.main, tiny(data=folder / "train" / "ant", probe_epochs=1, out=tmp_path / "run"))
-    one_line(done, "--probe_epochs", "--probe_data", "labels need")
+    one_line(done, "--probe_epochs", "--probe_data", "labels need", "/train/CLASS/ and", "/val/CLASS/")
 
 
 def test_the_head_of_a_run_and_its_end(tiny, tuned, call, tmp_path):
@@ -836,10 +838,52 @@ def test_the_head_of_a_run_and_its_end(tiny, tuned, call, tmp_path):
     head, _, rest = done.out.partition("step 1/2")
     assert all(word in head for word in ("method: MAE", ", 36 images", "vit_tiny", "0.", f"out: {tmp_path / 'run'}"))
     assert f"{tmp_path / 'run'} holds encoder.pt, last.pt, log.jsonl, pictures/; next:" in rest
-    command = rest.strip().splitlines()[-1].strip()
-    assert command.startswith("python finetune.py --init ") and command.endswith(f"--out {tmp_path / 'run'}_tuned")
+    tuning, showing = [line.strip() for line in rest.strip().splitlines()[-2:]]
+    assert " finetune.py --config configs/finetune_tiny.yaml --init " in tuning
+    assert tuning.endswith(f"--out {tmp_path / 'run'}_tuned")
+    assert showing.endswith(f" -m tools.show IMAGE --init {tmp_path / 'run' / 'last.pt'}")
+    again = rest.partition("next:\n")[2].splitlines()[0]
+    assert again.endswith(" --resume    # up to step 12") and "--max_steps" not in again
     done = call(finetune.main, tuned(max_steps=2, init=tmp_path / "run" / "encoder.pt", out=tmp_path / "tuned"))
-    assert "36 images of 3 classes" in done.out and "python -m tools.show --confusion" in done.out.splitlines()[-1]
+    assert "36 images of 3 classes" in done.out and " -m tools.show --confusion" in done.out.splitlines()[-1]
+
+
+def test_a_recipe_of_pre_training_fine_tunes_nothing(call):
+    """All its options are known, and it would train on all labels at another learning rate."""
+    for script in (finetune, dense):
+        done = call(script.main, ["--config", ROOT / "configs" / "tiny.yaml", "--plan"])
+        one_line(done, "tiny.yaml", "this is a recipe of mae.py")
+
+
+def test_a_run_that_has_ended_is_not_trained_again(tiny, finished, call, tmp_path):
+    shutil.copytree(finished["mae"], tmp_path / "run")
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    done = call(mae.main, tiny(max_steps=2, out=tmp_path / "run", resume=True))
+    assert done.code == 0 and "nothing is left to train" in done.out, done.err
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before
+
+
+def test_the_last_evaluation_is_in_the_log(tuned, finished, call, tmp_path):
+    words = tuned(max_steps=2, init=finished["mae"] / "encoder.pt", out=tmp_path / "run", logger="csv")
+    done = call(finetune.main, words)
+    assert done.code == 0, done.err
+    last = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")][-1]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert last == {"step": 2, "top1": result["top1"], "top5": result["top5"]}
+    assert "top1" in (tmp_path / "run" / "log.csv").read_text()
+
+
+def test_the_other_file_of_a_run_is_named(finished, call, tmp_path):
+    """encoder.pt where last.pt is wanted, the other way round, and the folder of both."""
+    run = finished["mae"]
+    with pytest.raises(ValueError, match=r"but a last\.pt; "):
+        models.load(run / "last.pt")
+    with pytest.raises(ValueError, match=f"the last.pt beside it is: {run / 'last.pt'}"):
+        show.load(run / "encoder.pt")
+    with pytest.raises(FileNotFoundError, match=f"{run} is a folder; {run / 'encoder.pt'} or .*last.pt may be meant"):
+        models.load(run)
+    done = call(show.main, ["cat.png", "--init", run / "encoder.pt"])
+    one_line(done, "holds an encoder and no classifier", "--attention")
 
 
 def test_torchrun_ends_with_the_error():

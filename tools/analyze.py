@@ -195,7 +195,7 @@ OPTIONS = {  # option: arguments of argparse
     "--seeds": dict(type=seed_list, default=[0], help='such as "0 1 2"'),
     "--drops": dict(type=seed_list, default=[0, 1, 2], help="numbers of last layers to drop"),
     "--shuffled": dict(type=int, default=2, help="layers to drop where the rest is shuffled; 0 for none"),
-    "--tasks": dict(type=str.split, default=list(run_analyses.TASKS), help="of classify, segment, depth"),
+    "--tasks": dict(type=str.split, default=list(run_analyses.TASKS), help=f"of {', '.join(run_analyses.TASKS)}"),
     "--jobs": dict(type=int, default=runner.CORES, help="runs at a time, one thread each"),
     "--seed": dict(type=int, default=0, help="of images, random weights and masks"),
     "--out": dict(type=Path, default=Path("runs/analysis"), help="folder of figures, numbers and page")}
@@ -239,8 +239,13 @@ def main(argv=None):
         elif args.name == "drop":
             drop(args)
         elif args.name == "curves":
-            curves(args, {name or Path(folder).name: Path(folder) for name, _, folder in
-                          (word.rpartition("=") for word in args.runs)})
+            runs = {name or Path(folder).name: Path(folder) for name, _, folder in
+                    (word.rpartition("=") for word in args.runs)}
+            logged = {name: folder for name, folder in runs.items() if (folder / "log.jsonl").exists()}
+            notes = [f"{runs[name]}, which holds no log.jsonl" for name in runs if name not in logged]
+            if not logged:
+                raise ValueError(f"--runs: {'; '.join(notes)}")
+            curves(args, logged)
         else:
             notes = look(args, [args.name])
         page = analysis_page.write(args.out, notes)

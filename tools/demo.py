@@ -3,7 +3,7 @@
 For every seed it runs the commands that it prints, those that you would type: mae.py on the 20,000 images of `shapes`
 without their labels, then finetune.py from that encoder and from random weights, with 200 and with 500 labels. Scratch
 also gets four times the budget. Architecture, labels, augmentation and optimizer are equal. Every arm has the learning
-rate that is its best of four on validation images (results/sweep.json). Accuracies are on 2,000 test images.
+rate that is its best of four on validation images (results/sweep_vit.json). Accuracies are on 2,000 test images.
 """
 
 import argparse

@@ -86,14 +86,17 @@ class Config(config.RunConfig):
         config.in_range(self, layer_decay="[0, 1]", drop_path="[0, 1)", color_jitter="[0, inf)", labels="[0, inf)")
         config.in_range(self, shift="[0, inf)", eval_epochs="[0, inf)")
         if self.init == "none" and (self.eval or self.model == "auto"):
-            raise ValueError("--eval needs an encoder and its head in --init, and training without --init a --model")
+            raise ValueError("--init is missing: for --eval an encoder.pt of this tool; to train, one of any script, "
+                             "or --model, which starts from random weights")
 
     def next_commands(self):
-        return [f"python -m tools.dense --eval --task {self.task} --init {self.out}/encoder.pt --data {self.data} "
-                f"--out {self.out}_eval"]
+        return [["-m", "tools.dense", "--eval", "--task", self.task, "--init", f"{self.out}/encoder.pt", "--data",
+                 self.data, "--out", f"{self.out}_eval"]]
 
     def evaluates_only(self):
         return self.eval
+
+    own_recipes = True
 
 
 # ---------------------------------------- Model
@@ -172,8 +175,12 @@ def report(cfg, run, model, dataset, **about):
     """Evaluate, print the scores, write OUT/result.json, and draw the first images in OUT/pictures."""
     result = accuracy(run, model, data.evaluation(dataset, cfg, run))
     if run.is_main:
-        print(", ".join(f"{name} {value}" for name, value in result.items() if name != "per_class"), flush=True)
+        scores = {name: value for name, value in result.items() if name != "per_class"}
+        shown = [f"{name} {value if isinstance(value, int) else f'{value:.4g}'}" for name, value in scores.items()]
+        print(", ".join(shown), flush=True)
         folder.write_text(run.out / "result.json", json.dumps({**about, **result}, indent=1) + "\n")
+        if run.steps_done > run.start_step:
+            run.note(**about, **scores)
         rows, key = pictures(model, dataset, run)
         figures.grid(run.out / "pictures" / f"{cfg.task}.png", rows, cfg.task, **key)
 

@@ -81,7 +81,8 @@ def main(argv=None):
         with folder.replacing(args.out) as part, open(part, "xb") as file:
             classes = np.array(dataset.source.classes or [], dtype=str)
             np.savez(file, features=features, labels=labels, names=names, classes=classes)
-    print(f"{args.out}: features {features.shape} of {args.data}, with labels, names and classes")
+    about = "labels, names and classes" if len(classes) else "names"
+    print(f"{args.out}: features {features.shape} of {args.data}, with {about}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,15 @@ def is_run(path):
         return False
 
 
+def is_bare(path):
+    """Is this file an encoder.pt of ours without a classifier?"""
+    try:
+        saved = checkpoint.read(path)
+    except (ValueError, FileNotFoundError):
+        return False
+    return isinstance(saved, dict) and {"arch", "method"} <= saved.keys() and "classifier" not in saved
+
+
 def load(path, **changes):
     """The model in a last.pt of any of the five methods (mae.MAE, simmim.SimMIM, ...), in eval mode on the CPU. Its
     options are in model.cfg; `changes` are others that fit its weights, as mask_ratio=0.5. A FastMIM teacher is no part

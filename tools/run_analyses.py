@@ -45,7 +45,8 @@ DENSE = "-m tools.dense --config configs/dense_tiny.yaml"
 TASKS = {  # name: (title, command, options, key in result.json)
     "classify": ("classification: top-1, per cent", FINETUNE, ["--labels", 500, "--epochs", BUDGET[500]], "top1"),
     "segment": ("segmentation: mIoU, per cent", DENSE, ["--task", "segment"], "miou"),
-    "depth": ("depth: RMSE, metres (less is better)", DENSE, ["--task", "depth"], "rmse")}
+    "depth": ("depth: RMSE, metres (less is better)", DENSE, ["--task", "depth"], "rmse"),
+    "keypoints": ("keypoints: PCK, per cent", DENSE, ["--task", "keypoints"], "pck")}
 
 
 def edited(path, out, seed, drop, shuffle):

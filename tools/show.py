@@ -179,6 +179,9 @@ def show(args):
         kind, act = "--attention", attend
     elif reconstructions.is_run(args.init):
         kind, act = "a reconstruction", reconstruct
+    elif reconstructions.is_bare(args.init):
+        raise ValueError(f"{args.init} holds an encoder and no classifier: the last.pt beside it reconstructs, "
+                         "finetune.py makes a classifier, and --attention takes any encoder")
     if kind != "a classifier":
         out = out or Path("show.png")
     fixed = ("images", "init", "out", "attention", "confusion")
@@ -197,7 +200,7 @@ def main(argv=None):
             return show(args)
         confusion = read_confusion(args.confusion)
         if figures.can_draw():
-            path = Path(args.confusion).parent / "pictures" / "confusion.png"
+            path = args.out or Path(args.confusion).parent / "pictures" / "confusion.png"
             draw_confusion(path, *confusion)
             print(f"drawn: {path}")
 

@@ -47,7 +47,7 @@ OF_RANDOM = ["k-NN", "linear, LARS", "linear, SGD", "all", "all, averaged"]  # t
 DENSE = "-m tools.dense --config configs/dense_tiny.yaml"
 DENSE_PRETRAIN = "mae.py --config configs/tiny.yaml --picture_epochs 1000"
 SUPERVISED = ("finetune.py --config configs/finetune_tiny.yaml --model vit_tiny --patch_size 8 --labels 0 "
-              "--head_start random --epochs 8 --warmup_epochs 0.64 --save_epochs 1 --log_every 100")
+              "--head_start random --epochs 4 --warmup_epochs 0.32 --save_epochs 1 --log_every 100")
 FROZEN = "--freeze --base_lr 0.016"
 EVENLY = "--base_lr 0.004 --layer_decay 1"
 GENTLY = "--base_lr 0.016 --layer_decay 0.5"

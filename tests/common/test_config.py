@@ -101,7 +101,7 @@ def test_bare_and_explicit_booleans():
     (["--depth"], ["--depth", "whole number"]),
     (["--ratio", "nan"], ["--ratio", "nan"]),
     (["--ratio", "inf"], ["--ratio", "inf"]),
-    (["--fast", "maybe"], ["--fast", "bool", "maybe"]),
+    (["--fast", "maybe"], ["--fast", "true or false", "maybe"]),
     (["--size", "1x2x3"], ["--size", "1x2x3"]),
     (["--size", "axb"], ["--size", "a"]),
     (["--name"], ["--name", "a value"]),

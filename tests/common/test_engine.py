@@ -14,7 +14,7 @@ import torch
 import tqdm
 
 import mae
-from common import engine
+from common import config, engine
 
 
 def small(**options):
@@ -109,12 +109,16 @@ def test_a_title_names_method_ratio_step_and_loss(tmp_path):
 
 def test_how_to_go_on_is_the_command_that_was_typed(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python3", "-u", "mae.py", "--out", "a b", "--overwrite"])
-    assert engine.command_again(1) == "python mae.py --out 'a b' --resume"
+    assert engine.command_again(1) == "python3 mae.py --out 'a b' --resume"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert engine.command_again(2) == "torchrun --nproc-per-node 2 mae.py --out 'a b' --resume"
-    monkeypatch.setattr(sys, "orig_argv", ["python3", "mae.py", "--resume"])
-    assert engine.command_again(4) == "torchrun --nproc-per-node 2 --nnodes 2 ... mae.py --resume"
+    monkeypatch.setattr(sys, "orig_argv", ["bin/python3", "mae.py", "--resume"])
+    assert engine.command_again(4) == "bin/torchrun --nproc-per-node 2 --nnodes 2 ... mae.py --resume"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setattr(sys, "orig_argv", ["bin/python3", "mae.py", "--max_steps", "6", "--out", "a"])
+    assert engine.command_again(1, "--max_steps") == "bin/python3 mae.py --out a --resume"
+    assert config.typed(["-m", "tools.show", "a b.png"]) == "bin/python3 -m tools.show 'a b.png'"
 
 
 def test_log_is_silent_on_other_processes(tmp_path, capsys):

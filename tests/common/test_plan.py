@@ -82,15 +82,22 @@ def test_plan_counts_flops_and_memory(capsys):
     assert steps == pytest.approx([64 * cost.kept / 1e3, 128 * cost.kept / 1e3], abs=0.02)
 
 
-def test_plan_of_finetuning(capsys):
+def test_plan_of_finetuning(capsys, monkeypatch):
     cfg = finetune.Config(model="vit_tiny", patch_size=8, img_size=(160, 160), in_chans=3, precision="fp32")
     def build(cfg):
         return finetune.build_classifier(cfg, None, list("abcde"))
 
     cost, model = planned(cfg, build, capsys), build(cfg)
     assert cost.count == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.05)
-    sizes = [really_kept(model, B, torch.randn(B, 3, 160, 160), torch.rand(B, model.num_noise)) for B in (2, 4)]
-    assert cost.kept == pytest.approx((sizes[1] - sizes[0]) / 2 / 1e6, rel=0.02, abs=0.06)
+    def kept_by_an_image():
+        torch.manual_seed(0)
+        sizes = [really_kept(model, B, torch.randn(B, 3, 160, 160), torch.rand(B, model.num_noise)) for B in (2, 34)]
+        return (sizes[1] - sizes[0]) / 32 / 1e6
+
+    # Where dropped branches are left out, which a plan cannot know, the others keep a copy of what they see.
+    assert cost.kept == pytest.approx(kept_by_an_image(), rel=0.1, abs=0.06)
+    monkeypatch.setattr(layers, "can_skip", lambda noise: False)
+    assert cost.kept == pytest.approx(kept_by_an_image(), rel=0.02, abs=0.06)
 
 
 def test_a_plan_knows_what_does_not_go_backward(capsys):

@@ -282,7 +282,7 @@ def test_drop(call, encoders, made_up, tmp_path):
     done = analyse(call, "drop", "--checkpoints", encoders["vit"], "random", *words, out=tmp_path / "out")
     record = record_of(tmp_path / "out", "drop")
     assert list(record["results"]) == ["classification: top-1, per cent", "segmentation: mIoU, per cent",
-                                       "depth: RMSE, metres (less is better)"]
+                                       "depth: RMSE, metres (less is better)", "keypoints: PCK, per cent"]
     for rows in record["results"].values():
         assert list(rows) == ["vit", "random"]
         assert list(rows["vit"]) == ["0 dropped", "2 dropped", "2 dropped, rest shuffled"]
