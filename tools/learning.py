@@ -44,7 +44,8 @@ SCRATCH = {arm: times for arm, (times, _) in ARMS.items() if arm != "pre-trained
 PRETRAINED = dict.fromkeys(METHODS, 1e-3) | {"SimMIM ViT": 1.6e-2, "FastMIM ViT": 5e-4}  # row: rate of pre-training
 OF_VIT = {arm: rate for arm, (_, rate) in ARMS.items()}
 TUNED = dict.fromkeys(METHODS, OF_VIT) | {  # row: {arm: rate of fine-tuning}
-    "SimMIM ViT": {"pre-trained": 8e-3, "scratch": 2e-3, "scratch, 4x budget": 2e-3}}
+    "SimMIM ViT": {"pre-trained": 8e-3, "scratch": 2e-3, "scratch, 4x budget": 2e-3},
+    "LUT ViT": {**OF_VIT, "pre-trained": 4e-3}}
 VALIDATION = "top-1, per cent of 2,000 validation images, 500 labels"
 
 

@@ -54,6 +54,10 @@ def test_learning_rates_are_the_best_of_the_sweep():
                 for column, [top1] in cells.items():
                     best[arm] = max(best.get(arm, (0.0, "", "")), (top1, row, column))
             assert best["pre-trained"][1] == f"pre-training {learning.PRETRAINED[name]:g}"
+            tried = sorted(float(row.split()[-1]) for row in rows if row.startswith("pre-training"))
+            assert tried[0] < learning.PRETRAINED[name] < tried[-1]  # what is best at an end may be better beyond it
+            tuned = sorted(float(column.split()[-1]) for cells in rows.values() for column in cells)
+            assert all(tuned[0] < rate < tuned[-1] for rate in learning.TUNED[name].values())
             chosen = {arm: f"fine-tuning {rate:g}" for arm, rate in learning.TUNED[name].items()}
             assert {arm: column for arm, (_, _, column) in best.items()} == chosen
     assert {arm: rate for arm, (_, rate) in demo.ARMS.items()} == learning.TUNED["MAE ViT"]
@@ -184,12 +188,15 @@ def test_a_committed_file_prints_as_its_numbers(path, capsys):
     lines = [line for line in lines if set("".join(line)) != {"-"}]
     if isinstance(record["results"], list):  # bench.py
         assert len(lines) == 1 + len(record["results"])
-        for (name, ratio, flops, *_), row in zip(lines[1:], record["results"], strict=True):
+        for (name, ratio, other, *_), row in zip(lines[1:], record["results"], strict=True):
             a, b = row["pair"]
             assert name == f"{b} / {a}, {row['precision']}, batch {row['batch']}"
             ratios = row["ratios"]
             assert numbers_of(ratio) == pytest.approx([statistics.median(ratios), min(ratios), max(ratios)], rel=0.006)
-            assert float(flops) == pytest.approx(row["flops"][1] / row["flops"][0], abs=0.006)
+            if b.endswith(": compiled"):
+                assert other == f"{row['first_seconds']:.0f} s"
+            else:
+                assert float(other) == pytest.approx(row["flops"][1] / row["flops"][0], abs=0.006)
         return
     for title, rows in record["results"].items():
         header, body, lines = lines[0], lines[1 : 1 + len(rows)], lines[1 + len(rows) :]
