@@ -16,7 +16,7 @@ from pathlib import Path
 from common import figures
 from tools import runner
 
-# The recipe. Options behind the file change learning rate, epochs or augmentation, as in "... --base_lr 0.016".
+# The recipe. Options behind the file change learning rate, epochs or augmentation, as in "... --base_lr 2e-3".
 PRETRAIN = "mae.py --config configs/tiny.yaml"
 FINETUNE = "finetune.py --config configs/finetune_tiny.yaml"
 SCRATCH = "--model vit_tiny --patch_size 8"  # as in configs/tiny.yaml

@@ -1,6 +1,7 @@
 """tables.py: what is compared are equal runs, and what is printed is what a file under results/ holds."""
 
 import argparse
+import importlib
 import json
 import re
 import statistics
@@ -61,6 +62,19 @@ def test_learning_rates_are_the_best_of_the_sweep():
             chosen = {arm: f"fine-tuning {rate:g}" for arm, rate in learning.TUNED[name].items()}
             assert {arm: column for arm, (_, _, column) in best.items()} == chosen
     assert {arm: rate for arm, (_, rate) in demo.ARMS.items()} == learning.TUNED["MAE ViT"]
+
+
+def test_commands_of_recipes_have_the_rates_of_the_sweep(monkeypatch):
+    """Those of the five ViTs, in the comments of configs/*tiny.yaml."""
+    monkeypatch.chdir(ROOT)
+    found = {}
+    for recipe in (ROOT / "configs").glob("*tiny.yaml"):
+        for command in re.findall(r"^# +python (\w+)\.py (.*?)(?: +# .*)?$", recipe.read_text(), re.M):
+            script = importlib.import_module(command[0])
+            cfg = config.parse(script.Config, script.__doc__, command[1].split())
+            if cfg.model == "vit_tiny" and hasattr(script, "reconstruct"):
+                found[script.__doc__.partition(":")[0] + " ViT"] = cfg.base_lr * cfg.batch_size / cfg.lr_batch
+    assert found == {name: rate for name, rate in learning.PRETRAINED.items() if name.endswith(" ViT")}
 
 
 def test_learns_compares_equal_runs(made_up, capsys):
