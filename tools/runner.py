@@ -171,17 +171,21 @@ def write(path, record):
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def measure(what, cells, path, workers):
+def measure(what, cells, path, workers, folders=None):
     """Run the jobs of all cells; print each number and write the record at `path` as soon as it is known. Returns the
     record, with results {title: {row: {column: values}}}: one value for each seed, None until it is known. Runs that
-    ended in an earlier call may be of other commits: commits_of_runs names all."""
+    ended in an earlier call may be of other commits: commits_of_runs names all. `folders` {path: name} are of this
+    machine, and the record has their names."""
     begin = time.monotonic()
     seeds = list(dict.fromkeys(cell.seed for cell in cells))
     results = {}
     for cell in cells:
         results.setdefault(cell.title, {}).setdefault(cell.row, {})[cell.column] = [None] * len(seeds)
     of_first_seed = with_needs([cell.job for cell in cells if cell.seed == seeds[0]])
-    record = new_record(what, [f"python {job.command}" for job in of_first_seed], seeds, results=results)
+    commands = [f"python {job.command}" for job in of_first_seed]
+    for folder, name in (folders or {}).items():
+        commands = [command.replace(shlex.quote(str(folder)), name) for command in commands]
+    record = new_record(what, commands, seeds, results=results)
 
     for job in run([cell.job for cell in cells], workers):
         for cell in [cell for cell in cells if cell.job == job]:

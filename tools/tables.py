@@ -164,12 +164,10 @@ def main(argv=None):
             print("\n\n".join(as_markdown(path) for path in args.files))
         return
     path = args.json or args.out / f"{args.name}.json"
-    record = runner.measure(args.name, args.cells_of(args), path, args.jobs)
+    folders = {getattr(args, option): "DIR" for option in ("data", "cifar10_mini") if option in args}
+    record = runner.measure(args.name, args.cells_of(args), path, args.jobs, folders)
     if args.name == "learns":
         record["log"] = learning.ends_of_logs(args)
-    elif args.name in ("cifar10", "protocols"):
-        folder = str(args.data if args.name == "cifar10" else args.cifar10_mini)
-        record["commands"] = [command.replace(folder, "DIR") for command in record["commands"]]
     elif args.name == "dense":
         draw_dense(path.with_suffix(".png"), record["results"])
     runner.write(path, record)
