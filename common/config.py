@@ -305,7 +305,9 @@ def of_another_script(path, config_class):
     found = re.search(r"^# +(?:python|torchrun) .*?(?:-m )?([\w.]+?)(?:\.py)? --config", text, re.M) or \
         re.search(r"^  command: .*?([\w.]+?)(?:\.py)? --", text, re.M)  # in a run's own config.yaml
     own = Path(inspect.getfile(config_class)).stem
-    if not found or found[1].rpartition(".")[2] == own:
+    other = found[1].rpartition(".")[2] if found else own
+    is_ours = any((ROOT / room / f"{other}.py").exists() for room in (".", "tools"))
+    if other == own or not is_ours:
         return ""
     script = f"{found[1]}.py" if "." not in found[1] else f"python -m {found[1]}"
     return f"; this is a recipe of {script}, and here {own}.py is running"

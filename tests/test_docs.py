@@ -180,6 +180,14 @@ def test_the_first_table_of_the_readme_is_that_of_the_demo(monkeypatch):
     assert all(arms[arm][labels] == cell for arm in shown for labels, cell in shown[arm].items())
 
 
+def test_the_photographs_of_the_readme_are_those_that_were_measured(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    [(title, rows)] = measured("cifar10.json").items()
+    shown = cells_of(README.read_text())[title]
+    assert list(shown) == ["MAE", "scratch", "scratch, 4x budget"]
+    assert all(rows[row][labels] == cell for row in shown for labels, cell in shown[row].items())
+
+
 def test_what_the_table_of_methods_shows_was_measured(monkeypatch):
     """Of "Swin: 88.6 against 83.8" in the row of SimMIM, both are means of three seeds with 500 labels."""
     monkeypatch.chdir(ROOT)
