@@ -127,7 +127,7 @@ class Encoder(nn.Module):
     def forward(self, imgs):
         return self.encode(self.embed(imgs))
 
-    def check_noise(self, noise, coords):
+    def check_drop(self, noise, coords):
         """Stochastic depth takes samples out of a batch, but not what `coords` become."""
         if noise is not None and coords is not None and len(coords) > 1:
             raise ValueError("stochastic depth needs coords (1, N, 2) that all images share, or "
@@ -198,7 +198,7 @@ class ViT(Encoder):
         [0, 1), is for stochastic depth; None: none. On the CPU it saves work: see
         layers.add_branch. ValueError if tokens without coords do not fill the grid, or if there is
         noise and images differ in their coords."""
-        self.check_noise(noise, coords)
+        self.check_drop(noise, coords)
         if coords is None and tokens.shape[1] != self.grid[0] * self.grid[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill the grid {self.grid}, and "
                              "there are no coords")
@@ -321,7 +321,7 @@ class Pyramid(Encoder):
 
     def run_stages(self, tokens, coords=None, grid=None, noise=None):
         """What each stage gives, the last one normalised: [(x (B, h*w, D), its map (h, w))]."""
-        self.check_noise(noise, coords)
+        self.check_drop(noise, coords)
         h, w = grid = self.grid if grid is None else tuple(grid)
         if tokens.shape[1] != h * w or h > self.grid[0] or w > self.grid[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a map of {h}x{w} within the "
