@@ -358,7 +358,8 @@ def probe_sets(cfg, run):
         sets = labelled_set(cfg, "train", augment=False), labelled_set(cfg, "val")
     except (ValueError, OSError) as error:
         text = re.sub(r"--(data|labels)\b", r"--probe_\1", str(error))
-        raise ValueError(f"--probe_epochs compares images with labels; by default those of --data: {text}") from error
+        raise ValueError("--probe_epochs compares images with labels; by default those of "
+                         f"--data: {text}") from error
     return [evaluation(dataset, cfg, run) for dataset in sets]
 
 

@@ -12,7 +12,7 @@ they have.
 Paper: Guo et al., FastMIM: Expediting Masked Image Modeling Pre-training for Vision, arXiv
 2212.06593. Its FastMIM-P, on growing images, is three runs in a row: `python -m tools.fastmim_p`.
 
-    CPU     python fastmim.py --config configs/fastmim_tiny.yaml --out runs/fastmim     (loss 0.058)
+    CPU     python fastmim.py --config configs/fastmim_tiny.yaml --out runs/fastmim     (loss 0.063)
     1 GPU   python fastmim.py --config configs/fastmim_vit_b.yaml --data /data/imagenet \
                 --out runs/fastmim_vit_b
     8 GPUs  torchrun --nproc-per-node 8 fastmim.py --config configs/fastmim_vit_b.yaml \

@@ -15,7 +15,7 @@ What main() calls imgs (B, C, H, W) are pairs of views here, (B, 2, C, H, W), an
 is (B, N + 2).
 
     CPU     python lut.py --config configs/lut_tiny.yaml --out runs/lut
-            (loss 0.44 with --epochs 8)
+            (loss 0.53)
     1 GPU   python lut.py --config configs/lut_vit_b.yaml --data /data/imagenet --out runs/lut_vit_b
     8 GPUs  torchrun --nproc-per-node 8 lut.py --config configs/lut_vit_b.yaml \
                 --data /data/imagenet --out runs/lut_vit_b                            (not measured)

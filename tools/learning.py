@@ -176,7 +176,7 @@ def cifar10(args):
     cells = []
     for seed in args.seeds:
         encoders = {"scratch": None, "scratch, 4x budget": None}
-        for name in CIFAR10 if seed == args.seeds[0] else ["MAE"]:
+        for name in args.methods if seed == args.seeds[0] else ["MAE"]:
             out = args.out / name / f"seed{seed}"
             words = ["--data", args.data, "--seed", seed]
             encoders[name] = runner.training(CIFAR10[name], *words, out=out / "pre-trained")

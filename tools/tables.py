@@ -13,6 +13,7 @@ images have 64 px; scores are of 2,000 test images of `shapes`, unless a table s
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -134,8 +135,8 @@ def as_markdown(path):
     return "\n\n".join(runner.markdown(title, rows) for title, rows in record["results"].items())
 
 
-def methods(text):
-    names, known = text.split(";"), [*learning.METHODS, *learning.TRIED]
+def methods(text, known=(*learning.METHODS, *learning.TRIED)):
+    names = text.split(";")
     if unknown := sorted(set(names) - set(known)):
         raise argparse.ArgumentTypeError(f"{'; '.join(unknown)} is not one of {'; '.join(known)}")
     return names
@@ -153,6 +154,8 @@ def main(argv=None):
         add_options(commands[name], Path("runs", "learning" if name in ("sweep", "learns", "ablations") else name))
     for name, rows in {"sweep": [*learning.METHODS, *learning.TRIED], "learns": list(learning.METHODS)}.items():
         commands[name].add_argument("--methods", type=methods, default=rows, help='some of them, as "MAE ViT;LUT ViT"')
+    commands["cifar10"].add_argument("--methods", type=functools.partial(methods, known=learning.CIFAR10),
+                                     default=list(learning.CIFAR10), help='some of them, as "MAE;LUT"')
     commands["cifar10"].add_argument("--data", type=Path, required=True, metavar="DIR", help="train/CLASS/, val/CLASS/")
     commands["protocols"].add_argument("--cifar10_mini", type=Path, required=True, metavar="DIR")
     printing = names.add_parser("print", description="The tables of files that a measurement wrote.")
