@@ -66,7 +66,7 @@ def test_a_probe_of_other_data_with_few_labels(tiny, folder, call, tmp_path):
 
 
 @pytest.mark.parametrize("changes,names", [({"probe_data": "{}/train/ant"}, ["ant", "labels"]),
-                                           ({"probe_labels": 2}, ["--labels 2", "3 classes"]),
+                                           ({"probe_labels": 2}, ["--probe_labels 2", "3 classes"]),
                                            ({"probe_epochs": -1}, ["--probe_epochs"])], ids=repr)
 def test_a_probe_without_labels_is_refused_at_once(tiny, folder, call, tmp_path, changes, names):
     changes = {key: str(value).format(folder) for key, value in changes.items()}
