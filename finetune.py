@@ -95,6 +95,7 @@ class Config(config.RunConfig):
     clip_grad: float = 0.0  # largest gradient norm; 0 for no clipping
 
     may_change = ("micro_batch", "eval_epochs", "neighbours")
+    own_recipes = True
 
     def check(self):
         super().check()
@@ -125,8 +126,6 @@ class Config(config.RunConfig):
 
     def evaluates_only(self):
         return self.eval or self.mode == "knn"
-
-    own_recipes = True
 
 
 # What --mode linear has for defaults: MAE's linear probing of ViT-B (A.1), but for the class token

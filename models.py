@@ -88,7 +88,7 @@ def load(path):
     """The encoder in an encoder.pt of ours, in eval mode. ValueError if the file holds no such, or
     is damaged; FileNotFoundError."""
     saved = checkpoint.read(path)
-    if not isinstance(saved, dict) or not {"arch", "model"} <= saved.keys():
+    if not checkpoint.has_encoder(saved):
         hint = ", but a last.pt; encoder.pt lies beside it" if checkpoint.is_run(saved) else ""
         raise ValueError(f"{path} is not an encoder.pt of this project{hint}")
     has_norm = "norm.weight" in saved["model"]  # of what was fine-tuned, a head has it

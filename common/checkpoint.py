@@ -204,6 +204,11 @@ def is_run(saved):
     return isinstance(saved, dict) and RUN.keys() <= saved.keys()
 
 
+def has_encoder(saved):
+    """Is it the content of an encoder.pt, by the names of its parts? Other code may have the same names."""
+    return isinstance(saved, dict) and {"arch", "model"} <= saved.keys()
+
+
 def require_run(saved, path):
     """ValueError unless `saved`, the content of `path`, has the parts of a last.pt. Those that files of earlier
     versions lack are not checked where they are missing."""
@@ -216,8 +221,7 @@ def require_run(saved, path):
             or not all(is_kind(saved[name], kind) for name, kind in later.items() if name in saved) \
             or not 0 <= saved.get("logged_step", 0) <= saved["step"] \
             or not all(is_kind(total, float) and math.isfinite(total) for total in saved.get("sums", {}).values()):
-        is_encoder = isinstance(saved, dict) and {"arch", "model"} <= saved.keys()
-        beside = f"; the last.pt beside it is: {Path(path).with_name('last.pt')}" if is_encoder else ""
+        beside = f"; the last.pt beside it is: {Path(path).with_name('last.pt')}" if has_encoder(saved) else ""
         raise ValueError(f"{path} is not a last.pt of this project{beside}")
 
 

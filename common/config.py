@@ -99,21 +99,24 @@ class RunConfig:
         recipe, more = self.tuning_recipe()
         words = ["--config", f"configs/{recipe}.yaml"] if recipe else []
         words += ["--init", f"{self.out}/encoder.pt", *more]
-        if self.data.startswith(("cifar", "torchvision:")) and self.data_dir != "data":
+        if self.is_fetched() and self.data_dir != "data":
             words += ["--data_dir", self.data_dir]
         return [["finetune.py", *words, "--out", f"{self.out}_tuned"],
                 ["-m", "tools.show", "IMAGE", "--init", f"{self.out}/last.pt"]]
+
+    def is_fetched(self):
+        """Are the images a data set that torchvision knows, in data_dir?"""
+        return self.data in ("cifar10", "cifar100") or self.data.startswith("torchvision:")
 
     def tuning_recipe(self):
         """(recipe of fine-tuning that fits this run, or None; options that it needs)."""
         recipes = {"shapes": "finetune_tiny", "cifar10": "cifar10_finetune"}
         if self.data in recipes:  # which say --data
             return recipes[self.data], []
-        is_folder = not self.data.startswith(("cifar", "torchvision:"))
-        has_labels = not is_folder or class_folders_in(Path(self.data, "train"))
+        has_labels = self.is_fetched() or any(path.is_dir() for path in Path(self.data).glob("train/*"))
         words = ["--data", self.data if has_labels else "FOLDER_WITH_LABELS"]
         if max(self.img_size) <= 64:  # as small as the images of these recipes
-            recipe = "finetune_tiny" if is_folder else "cifar10_finetune"
+            recipe = "cifar10_finetune" if self.is_fetched() else "finetune_tiny"
             return recipe, [*words, "--labels", "0", "--batch_size", str(min(32, self.batch_size))]
         own = Path(inspect.getfile(type(self))).stem.removesuffix("_mae")
         names = [f"finetune_{own}_{self.model}", f"finetune_{self.model}"]
@@ -126,11 +129,6 @@ class RunConfig:
         free = {field.name for field in dataclasses.fields(RunConfig)} - tied
         free.update(self.may_change)
         return {name: value for name, value in to_plain(dataclasses.asdict(self)).items() if name not in free}
-
-
-def class_folders_in(folder):
-    """Does this folder hold folders, as of classes?"""
-    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
 
 
 def typed(words, program="python"):
@@ -306,11 +304,15 @@ def of_another_script(path, config_class):
         re.search(r"^  command: .*?([\w.]+?)(?:\.py)? --", text, re.M)  # in a run's own config.yaml
     own = Path(inspect.getfile(config_class)).stem
     other = found[1].rpartition(".")[2] if found else own
-    is_ours = any((ROOT / room / f"{other}.py").exists() for room in (".", "tools"))
-    if other == own or not is_ours:
+    if other == own or not is_script(other):
         return ""
     script = f"{found[1]}.py" if "." not in found[1] else f"python -m {found[1]}"
     return f"; this is a recipe of {script}, and here {own}.py is running"
+
+
+def is_script(name):
+    """Is there a script, or a tool, of this name?"""
+    return any((ROOT / room / f"{name}.py").exists() for room in (".", "tools"))
 
 
 def join_values(words):
@@ -419,7 +421,7 @@ def read_yaml(path, script):
             values[key] = value
         elif key == script:
             section = value
-        elif key != "run" and not any((ROOT / room / f"{key}.py").exists() for room in (".", "tools")):
+        elif key != "run" and not is_script(key):
             fail(f"--config {path}: the section {key!r} is not named like a script, such as mae")
     return {**values, **section}
 

@@ -352,6 +352,12 @@ class Run:
             if self.write_line:
                 self.write_line(line)
 
+    def write_result(self, result, about, scores):
+        """Write OUT/result.json and, of a run that has trained, the scores in it as a line of the log."""
+        folder.write_text(self.out / "result.json", json.dumps({**about, **result}, indent=1) + "\n")
+        if self.steps_done > self.start_step:
+            self.note(**about, **scores)
+
     def due(self, step, epochs):
         """Is it time, after this step, for what happens every so many epochs (0 for never) and after the last step?"""
         every = max(1, round(epochs * self.steps_per_epoch))

@@ -5,7 +5,6 @@
 Every image of a loader (see neighbours.py) counts once, and what is added up over processes are integers.
 """
 
-import json
 import math
 
 import torch
@@ -118,8 +117,6 @@ def report(run, result, **about):
     if run.is_main:
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  mean of classes "
               f"{result['mean_per_class']:.2f} %  of {result['images']} images", flush=True)
-        folder.write_text(run.out / "result.json", json.dumps({**about, **result}, indent=1) + "\n")
-        if run.steps_done > run.start_step:
-            run.note(**about, top1=result["top1"], top5=result["top5"])
-        else:  # nothing was trained: no line at the end says where the numbers are
+        run.write_result(result, about, {"top1": result["top1"], "top5": result["top5"]})
+        if run.steps_done == run.start_step:  # nothing was trained: no line at the end says where the numbers are
             print(f"numbers: {run.out / 'result.json'}", flush=True)

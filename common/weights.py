@@ -58,7 +58,7 @@ def read_encoder(path, from_arch, sizes, img_size=(0, 0), num_heads=0, which="")
 
 def is_own(saved):
     """Is it an encoder.pt of ours, or meant to be one? Other code has an "arch" that is a name, say."""
-    if not isinstance(saved, dict) or not {"arch", "model"} <= saved.keys() or isinstance(saved["arch"], str):
+    if not checkpoint.has_encoder(saved) or isinstance(saved["arch"], str):
         return False
     looks_like = isinstance(saved["arch"], dict) and {"model", "img_size"} <= saved["arch"].keys()
     return "method" in saved or looks_like

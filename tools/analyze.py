@@ -116,6 +116,17 @@ def hog(args, size):
     save_and_draw(args, "hog", record, hog_stability.draw, **about)
 
 
+def runs_with_logs(words):
+    """([NAME=]FOLDER, ...) -> {name: folder} of those that hold a log, and lines on the others. ValueError if none
+    does."""
+    runs = {name or Path(folder).name: Path(folder) for name, _, folder in (word.rpartition("=") for word in words)}
+    logged = {name: folder for name, folder in runs.items() if (folder / "log.jsonl").exists()}
+    notes = [f"{runs[name]}, which holds no log.jsonl" for name in runs if name not in logged]
+    if not logged:
+        raise ValueError(f"--runs: {'; '.join(notes)}")
+    return logged, notes
+
+
 def curves(args, runs):
     save_and_draw(args, "curves", run_analyses.curves(runs), analysis_figures.curves)
     table = as_markdown(args.out / "curves.json")
@@ -239,12 +250,7 @@ def main(argv=None):
         elif args.name == "drop":
             drop(args)
         elif args.name == "curves":
-            runs = {name or Path(folder).name: Path(folder) for name, _, folder in
-                    (word.rpartition("=") for word in args.runs)}
-            logged = {name: folder for name, folder in runs.items() if (folder / "log.jsonl").exists()}
-            notes = [f"{runs[name]}, which holds no log.jsonl" for name in runs if name not in logged]
-            if not logged:
-                raise ValueError(f"--runs: {'; '.join(notes)}")
+            logged, notes = runs_with_logs(args.runs)
             curves(args, logged)
         else:
             notes = look(args, [args.name])

@@ -215,11 +215,13 @@ def measure(a, b, shared, args):
     """One line of the table as plain data; lists of two are [of A, of B], per step of `batch` images."""
     sides = [make(name, shared) for name in (a, b)]
     compiles = b.endswith(": compiled")  # there is no counting in a graph, and in a fresh process it is made again
-    flops = [flops_of(side) for side in (sides[:1] * 2 if compiles else sides)]
-    times = [[], []]
-    begin = time.monotonic()
-    sides[1].step(0)  # here, if at all, it compiles
-    first_seconds = time.monotonic() - begin
+    flops = [flops_of(side) for side in sides[: 1 if compiles else 2]]
+    times, first_seconds = [[], []], None
+    if compiles:
+        flops *= 2
+        begin = time.monotonic()
+        sides[1].step(0)
+        first_seconds = time.monotonic() - begin
     for i in range(args.rounds + 1):
         for side in (i % 2, 1 - i % 2):
             times[side].append(seconds(sides[side].device, sides[side].step, i))

@@ -19,7 +19,6 @@ Image Modeling (SECRETS), arXiv 2205.13543, 4.2 (depth and pose, where it beats 
                 --out runs/eval_dense
 """
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 
 import data
 import models
-from common import checkpoint, config, engine, figures, folder, layouts, optim, plan, randomness, transforms, weights
+from common import checkpoint, config, engine, figures, layouts, optim, plan, randomness, transforms, weights
 from tools.dense_data import dense_set
 from tools.dense_tasks import TASKS, accuracy, pictures
 
@@ -78,6 +77,7 @@ class Config(config.RunConfig):
     clip_grad: float = 0.0  # largest gradient norm; 0 for no clipping
 
     may_change = ("micro_batch", "eval_epochs")
+    own_recipes = True
 
     def check(self):
         super().check()
@@ -95,8 +95,6 @@ class Config(config.RunConfig):
 
     def evaluates_only(self):
         return self.eval
-
-    own_recipes = True
 
 
 # ---------------------------------------- Model
@@ -178,9 +176,7 @@ def report(cfg, run, model, dataset, **about):
         scores = {name: value for name, value in result.items() if name != "per_class"}
         shown = [f"{name} {value if isinstance(value, int) else f'{value:.4g}'}" for name, value in scores.items()]
         print(", ".join(shown), flush=True)
-        folder.write_text(run.out / "result.json", json.dumps({**about, **result}, indent=1) + "\n")
-        if run.steps_done > run.start_step:
-            run.note(**about, **scores)
+        run.write_result(result, about, scores)
         rows, key = pictures(model, dataset, run)
         figures.grid(run.out / "pictures" / f"{cfg.task}.png", rows, cfg.task, **key)
 

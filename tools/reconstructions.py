@@ -18,21 +18,12 @@ WITHOUT = {"teacher": "none", "init": "none", "drop_path": 0.0}
 MASKING = ("mask_ratio", "mask", "sampling", "secondary_ratio", "mask_unit")
 
 
-def is_run(path):
-    """Is this file a last.pt, of whatever script?"""
+def content_of(path):
+    """What a checkpoint holds; None if it is damaged, of another format, or no file but torchvision:NAME."""
     try:
-        return checkpoint.is_run(checkpoint.read(path))
-    except (ValueError, FileNotFoundError):  # damaged, of another format, or no file but torchvision:NAME
-        return False
-
-
-def is_bare(path):
-    """Is this file an encoder.pt of ours without a classifier?"""
-    try:
-        saved = checkpoint.read(path)
+        return checkpoint.read(path)
     except (ValueError, FileNotFoundError):
-        return False
-    return isinstance(saved, dict) and {"arch", "method"} <= saved.keys() and "classifier" not in saved
+        return None
 
 
 def load(path, **changes):

@@ -21,7 +21,7 @@ import torch
 from torchvision.transforms import v2
 
 import finetune
-from common import config, engine, figures, folder
+from common import checkpoint, config, engine, figures, folder
 from common.images import decode, shared_range
 from common.transforms import CentreCrop, normalize
 from tools import analysis_figures, networks, reconstructions, snapshots
@@ -89,7 +89,7 @@ def predict(paths, init, out=None, **options):
 def attend(paths, init, out, layer=0, queries=(), img_size=(0, 0), value_range=()):
     """Draw where chosen patches of image files look, in the encoder of any checkpoint. ValueError or OSError, in one
     line, also if it has no attention."""
-    if reconstructions.is_run(init):
+    if checkpoint.is_run(reconstructions.content_of(init)):
         model = load(init)
         if any(img_size) and tuple(img_size) != model.cfg.img_size:
             h, w = model.cfg.img_size
@@ -175,11 +175,12 @@ def parse(words):
 def show(args):
     """Draw, or print, what the words ask for. ValueError or OSError, in one line."""
     kind, act, out = "a classifier", predict, args.out
+    saved = None if args.attention else reconstructions.content_of(args.init)
     if args.attention:
         kind, act = "--attention", attend
-    elif reconstructions.is_run(args.init):
+    elif checkpoint.is_run(saved):
         kind, act = "a reconstruction", reconstruct
-    elif reconstructions.is_bare(args.init):
+    elif checkpoint.has_encoder(saved) and "method" in saved and "classifier" not in saved:  # one of ours
         raise ValueError(f"{args.init} holds an encoder and no classifier: the last.pt beside it reconstructs, "
                          "finetune.py makes a classifier, and --attention takes any encoder")
     if kind != "a classifier":

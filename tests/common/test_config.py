@@ -253,3 +253,17 @@ def test_data_is_required(call, tmp_path):
     """A recipe whose --data was forgotten must not train on something else."""
     done = call(mae.main, ["--model", "vit_tiny", "--out", tmp_path / "run"])
     assert done.code == 2 and done.err.startswith("error: --data is required") and not list(tmp_path.iterdir())
+
+
+def test_the_next_command_suits_the_images(tmp_path):
+    """A folder is no data set of torchvision's, whatever its name; a folder of other images needs labels."""
+    def words(**options):
+        return " ".join(mae.Config(out="runs/mae", img_size=(32, 32), batch_size=8, **options).next_commands()[0])
+
+    labelled = tmp_path / "cifar_of_mine"
+    (labelled / "train" / "cat").mkdir(parents=True)
+    assert f"configs/finetune_tiny.yaml --init runs/mae/encoder.pt --data {labelled} --labels 0 --batch_size 8 --out" \
+        in words(data=str(labelled), data_dir="elsewhere")
+    assert "--data FOLDER_WITH_LABELS " in words(data=str(tmp_path))
+    assert "configs/cifar10_finetune.yaml " in words(data="torchvision:STL10", data_dir="elsewhere")
+    assert "--data_dir elsewhere " in words(data="cifar100", data_dir="elsewhere")
