@@ -214,12 +214,16 @@ def load_encoder(encoder, saved, path, fresh=(), cfg=None):
 def frozen_encoder(source, cfg, from_arch, sizes):
     """A teacher for images as `cfg` has them, in eval mode and without gradients: the encoder in a file, or
     torchvision:NAME with torchvision's weights; with random weights under --plan. ValueError or OSError if there is
-    none, or if it may not be fetched."""
+    none, if it may not be fetched, or if its images are normalised in another way than `cfg` says."""
     images = {"img_size": cfg.img_size, "in_chans": cfg.in_chans}
     if source.startswith("torchvision:"):
         encoder = from_arch({"model": source, "patch_size": 0, "options": {}, **images})
+        name = source.removeprefix("torchvision:")
+        if (wants := published_statistics(name)) != transforms.statistics(3, cfg):
+            raise ValueError(f"torchvision's weights of {name} take images normalised by mean {listed(wants[0])}, std "
+                             f"{listed(wants[1])}: a teacher sees those of the run (--mean, --std)")
         if not cfg.plan:
-            load_published(encoder, source.removeprefix("torchvision:"), cfg)
+            load_published(encoder, name, cfg.download)
     else:
         saved = read_encoder(source, from_arch, sizes)
         saved = {**saved, "notes": [*saved.get("notes", []), *assumed_statistics(saved)]}
@@ -235,18 +239,22 @@ def published_file(name):
     return Path(torch.hub.get_dir()) / "checkpoints" / best.url.rsplit("/", 1)[1]
 
 
-def load_published(encoder, name, cfg):
-    """Copy torchvision's best weights of its model `name` into an encoder of backbones.py. ValueError if torchvision
-    has not fetched them and --download is not set, if they are damaged or hostile, or if they were trained on images
-    that were normalised in another way than `cfg` says."""
+def published_statistics(name):
+    """(mean, std) of the images that torchvision's best weights of the model `name` were trained on."""
+    images = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return list(images.mean), list(images.std)
+
+
+def load_published(encoder, name, download=False):
+    """Copy torchvision's best weights of its model `name` into an encoder of backbones.py, which then wants images as
+    `published_statistics` says. ValueError if torchvision has not fetched them and must not `download`, if they are
+    damaged or hostile, or if the network itself would change the images first."""
     best = torchvision.models.get_model_weights(name).DEFAULT
-    published, here = best.transforms(), transforms.statistics(3, cfg)
-    as_ours = torch.allclose(torch.tensor([published.mean, published.std]), torch.tensor(here))
-    if name in ("googlenet", "inception_v3") or not as_ours:
+    if name in ("googlenet", "inception_v3"):  # with these weights, torchvision normalises again, inside
         raise ValueError(f"torchvision's weights of {name} take images that are normalised in another way")
     path = published_file(name)
     if not path.exists():
-        if not cfg.download:
+        if not download:
             raise ValueError(f"torchvision's weights of {name} are not at {path}: --download fetches them")
         try:
             best.get_state_dict(progress=False, check_hash=True, weights_only=True)

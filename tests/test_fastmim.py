@@ -428,10 +428,12 @@ def test_a_teacher_of_torchvision_whose_file_is_damaged_is_one_line(content, run
     assert "executed" not in done.out and not (tmp_path / "damaged").exists()
 
 
-@pytest.mark.parametrize("name", ["googlenet", "efficientnet_v2_l"])
-def test_a_teacher_of_torchvision_that_takes_other_pixels_is_refused(name):
-    with pytest.raises(ValueError, match="normalised in another way"):
-        weights.load_published(None, name, types.SimpleNamespace(download=False))
+@pytest.mark.parametrize("name, said", [("googlenet", "normalised in another way"),
+                                        ("efficientnet_v2_l", "normalised by mean 0.5,0.5,0.5")])
+def test_a_teacher_of_torchvision_that_takes_other_pixels_is_refused(name, said):
+    cfg = types.SimpleNamespace(img_size=(64, 64), in_chans=3, plan=False, download=False)
+    with pytest.raises(ValueError, match=said):
+        weights.frozen_encoder(f"torchvision:{name}", cfg, fastmim.models.from_arch, fastmim.models.SIZES)
 
 
 def test_a_run_with_a_teacher_resumes_from_its_path(run, tmp_path):

@@ -55,7 +55,7 @@ def open_networks(words, img_size, seed, device="cpu"):
             encoder = with_seed(networks[0].encoder.arch, seed_of(seed, "random", nth))
             mean, std = networks[0].mean, networks[0].std
         elif source.startswith("torchvision:"):
-            encoder, name = torchvision_encoder(source, size, in_chans, seed, name)
+            encoder, name, (mean, std) = torchvision_encoder(source, size, in_chans, seed, name)
         else:
             encoder = models.from_arch(saved[source]["arch"], img_size=size,
                                        final_norm=not weights.lost_its_norm(saved[source]))
@@ -85,17 +85,17 @@ def with_seed(arch, seed):
 
 
 def torchvision_encoder(source, size, in_chans, seed, name):
-    """(torchvision's network, its name) with torchvision's weights if they are on this machine. If not, weights are
-    random, and the name says so: nothing is downloaded."""
+    """(torchvision's network, its name, (mean, std) of its images) with torchvision's weights if they are on this
+    machine. If not, weights are random, and the name says so: nothing is downloaded."""
     arch = {"model": source, "img_size": size, "patch_size": 0, "in_chans": in_chans, "options": {}}
     encoder = with_seed(arch, seed_of(seed, source))
     model = source.removeprefix("torchvision:")
     path = weights.published_file(model)
     if path.exists():
-        weights.load_published(encoder, model, config.RunConfig())  # which does not download
-        return encoder, name
+        weights.load_published(encoder, model)
+        return encoder, name, weights.published_statistics(model)
     config.print_once(f"{source} has random weights here: torchvision's are not at {path}, and nothing is downloaded")
-    return encoder, f"{name} (random weights)"
+    return encoder, f"{name} (random weights)", ((), ())
 
 
 def image_batches(args, encoder):

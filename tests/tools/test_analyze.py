@@ -195,10 +195,21 @@ def test_torchvisions_weights_on_this_machine_are_taken(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     torch.save(published.state_dict(), path)
     [network] = networks.open_networks(["torchvision:resnet18"], (64, 64), 0)
-    assert network.name == "torchvision:resnet18" and network.mean == ()
+    assert network.name == "torchvision:resnet18" and network.mean == [0.485, 0.456, 0.406]
     own = dict(network.encoder.named_parameters())
     assert any(tensor.shape == published.conv1.weight.shape and torch.equal(tensor, published.conv1.weight)
                for tensor in own.values())
+
+
+def test_torchvisions_networks_see_images_as_in_their_training(monkeypatch):
+    """Those of EfficientNetV2-L were normalised by 0.5."""
+    class Anywhere:
+        def exists(self):
+            return True
+    monkeypatch.setattr(weights, "published_file", lambda name: Anywhere())
+    monkeypatch.setattr(weights, "load_published", lambda encoder, name: None)
+    [network] = networks.open_networks(["torchvision:efficientnet_v2_l"], (64, 64), 0)
+    assert network.mean == network.std == [0.5] * 3
 
 
 # One by one
