@@ -36,9 +36,11 @@ SAME_NETWORK = {  # row: an earlier row whose random weights are the same, so th
 
 RATES = (5e-4, 1e-3, 2e-3)  # of pre-training
 TUNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning
-# Where the best of these lies at an end: more of them, {row: rates}, of fine-tuning for what was pre-trained
-BEYOND = {"SimMIM ViT": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "FastMIM ViT": (2.5e-4,)}
-TUNING_BEYOND = {"SimMIM ViT": (1.6e-2,)}
+# Where the best of these lies at an end: more of them, {row: rates}
+BEYOND = {"SimMIM ViT": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "FastMIM ViT": (2.5e-4,), "SimMIM Swin": (4e-3,),
+          "UM-MAE Swin": (4e-3,), "UM-MAE PVT": (4e-3,)}
+TUNING_BEYOND = {"SimMIM ViT": (1.6e-2,)}  # of what was pre-trained
+SCRATCH_BEYOND = {"SimMIM Swin": (5e-4,), "UM-MAE Swin": (5e-4,), "FastMIM ResNet-18": (1.6e-2,)}
 SCRATCH = {arm: times for arm, (times, _) in ARMS.items() if arm != "pre-trained"}  # arm: times the budget
 # The best ones on validation images (results/sweep_*.json); rows that no file has take those of MAE's ViT.
 PRETRAINED = dict.fromkeys(METHODS, 1e-3) | {"SimMIM ViT": 1.6e-2, "FastMIM ViT": 5e-4}  # row: rate of pre-training
@@ -72,8 +74,10 @@ def sweep(args):
                 for rate in sorted([*RATES, *BEYOND.get(name, ())]):
                     arms[f"pre-training {rate:g}"] = pretraining(args.out, name, seed, "--base_lr", rate), 1
             for arm, (encoder, times) in arms.items():
-                more = () if arm in SCRATCH else TUNING_BEYOND.get(name, ())
-                for rate in (*TUNING_RATES, *more):
+                more = TUNING_BEYOND.get(name, ())
+                if arm in SCRATCH:
+                    more = SCRATCH_BEYOND.get(SAME_NETWORK.get(name, name), ())
+                for rate in sorted([*TUNING_RATES, *more]):
                     words = ["--labels", 500, "--epochs", times * BUDGET[500], "--base_lr", rate]
                     out = encoder.out / slug(f"x{times} {rate:g}")
                     job = tuning(FINETUNE, encoder, *words, out=out, seed=seed, split="val")
