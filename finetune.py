@@ -111,6 +111,8 @@ class Config(config.RunConfig):
             raise ValueError("--mixup and --cutmix are of --mode finetune, and must be 0 in linear")
         if self.eval and self.mode == "knn":
             raise ValueError("one of --eval and --mode knn at a time")
+        if self.plan and self.evaluates_only():
+            raise ValueError("--plan is of training, and --eval and --mode knn have none")
         if self.train_blocks and self.mode != "finetune":
             raise ValueError(f"--train_blocks {self.train_blocks:g}: nothing of the encoder trains "
                              f"in --mode {self.mode}")

@@ -343,6 +343,12 @@ def test_options_that_contradict_the_encoder_are_refused(tuned, pretrained, call
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("changes", [{"mode": "knn"}, {"eval": "true"}], ids=repr)
+def test_what_trains_nothing_has_no_plan(tuned, pretrained, call, tmp_path, changes):
+    done = call(finetune.main, tuned(init=pretrained / "encoder.pt", plan="true", out=tmp_path / "run", **changes))
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and "--plan is of training" in done.err
+
+
 def test_another_image_size_resizes_the_positions_and_says_so(tuned, pretrained, call, tmp_path):
     words = tuned(init=pretrained / "encoder.pt", img_size="16x24", max_steps=2, out=tmp_path / "run")
     done = call(finetune.main, words)

@@ -154,7 +154,7 @@ def parse(words):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     parser.add_argument("--init", help="last.pt of a method, encoder.pt of finetune.py, or published weights")
-    parser.add_argument("--out", type=Path, help="the picture; show.png, but that a class alone is printed")
+    parser.add_argument("--out", type=Path, help="the picture; runs/show.png, but that a class alone is printed")
     parser.add_argument("--attention", action="store_true", help="draw where patches look, in any encoder")
     later = {"default": argparse.SUPPRESS}
     parser.add_argument("--seed", type=int, help="of the mask", **later)
@@ -184,7 +184,7 @@ def show(args):
         raise ValueError(f"{args.init} holds an encoder and no classifier: the last.pt beside it reconstructs, "
                          "finetune.py makes a classifier, and --attention takes any encoder")
     if kind != "a classifier":
-        out = out or Path("show.png")
+        out = out or Path("runs/show.png")
     fixed = ("images", "init", "out", "attention", "confusion")
     options = {name: value for name, value in vars(args).items() if name not in fixed}
     if wrong := options.keys() - set(TAKES[kind]):

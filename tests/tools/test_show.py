@@ -183,7 +183,7 @@ def test_what_cannot_be_reconstructed(last, call, folder, tmp_path, monkeypatch,
     one_line(fails(tmp_path / "bad.jpg", "--init", last["mae"]), "bad.jpg")
     one_line(fails(tmp_path / "gone.jpg", "--init", last["mae"]), "gone.jpg")
     one_line(fails(image, "--init", run / "encoder.pt", "--mask_ratio", 0.5), "--mask_ratio is nothing", "a classifier")
-    assert call(show.main, [image, "--init", last["mae"]]).code == 0 and (tmp_path / "show.png").exists()
+    assert call(show.main, [image, "--init", last["mae"]]).code == 0 and (tmp_path / "runs" / "show.png").exists()
 
 
 # Attention

@@ -57,8 +57,9 @@ def test_learning_rates_are_the_best_of_the_sweep():
             assert best["pre-trained"][1] == f"pre-training {learning.PRETRAINED[name]:g}"
             tried = sorted(float(row.split()[-1]) for row in rows if row.startswith("pre-training"))
             assert tried[0] < learning.PRETRAINED[name] < tried[-1]  # what is best at an end may be better beyond it
-            tuned = sorted(float(column.split()[-1]) for cells in rows.values() for column in cells)
-            assert all(tuned[0] < rate < tuned[-1] for rate in learning.TUNED[name].values())
+            for arm, (_, row, _) in best.items():
+                tuned = sorted(float(column.split()[-1]) for column in rows[row])
+                assert tuned[0] < learning.TUNED[name][arm] < tuned[-1]
             chosen = {arm: f"fine-tuning {rate:g}" for arm, rate in learning.TUNED[name].items()}
             assert {arm: column for arm, (_, _, column) in best.items()} == chosen
     assert {arm: rate for arm, (_, rate) in demo.ARMS.items()} == learning.TUNED["MAE ViT"]
