@@ -65,17 +65,22 @@ def test_learning_rates_are_the_best_of_the_sweep():
     assert {arm: rate for arm, (_, rate) in demo.ARMS.items()} == learning.TUNED["MAE ViT"]
 
 
+BACKBONES = {"vit_tiny": "ViT", "swin_tiny": "Swin", "pvt_tiny": "PVT", "pvtv2_tiny": "PVTv2",
+             "torchvision:resnet18": "ResNet-18"}
+
+
 def test_commands_of_recipes_have_the_rates_of_the_sweep(monkeypatch):
-    """Those of the five ViTs, in the comments of configs/*tiny.yaml."""
+    """Those in the comments of configs/*tiny.yaml, of every method and backbone."""
     monkeypatch.chdir(ROOT)
     found = {}
     for recipe in (ROOT / "configs").glob("*tiny.yaml"):
         for command in re.findall(r"^# +python (\w+)\.py (.*?)(?: +# .*)?$", recipe.read_text(), re.M):
             script = importlib.import_module(command[0])
             cfg = config.parse(script.Config, script.__doc__, command[1].split())
-            if cfg.model == "vit_tiny" and hasattr(script, "reconstruct"):
-                found[script.__doc__.partition(":")[0] + " ViT"] = cfg.base_lr * cfg.batch_size / cfg.lr_batch
-    assert found == {name: rate for name, rate in learning.PRETRAINED.items() if name.endswith(" ViT")}
+            if hasattr(script, "reconstruct"):
+                name = script.__doc__.partition(":")[0] + " " + BACKBONES[cfg.model]
+                found[name] = cfg.base_lr * cfg.batch_size / cfg.lr_batch
+    assert found == learning.PRETRAINED
 
 
 def test_learns_compares_equal_runs(made_up, capsys):
