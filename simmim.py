@@ -12,8 +12,7 @@ linear layer.
 Paper: Xie et al., SimMIM: A Simple Framework for Masked Image Modeling, arXiv 2111.09886; the 47 x
 47 target is of Xie et al., Revealing the Dark Secrets of Masked Image Modeling, arXiv 2205.13543.
 
-    CPU     python simmim.py --config configs/simmim_tiny.yaml --out runs/simmim
-            (loss 0.37 with --epochs 2)
+    CPU     python simmim.py --config configs/simmim_tiny.yaml --out runs/simmim         (loss 0.35)
     1 GPU   python simmim.py --config configs/simmim_swin_b.yaml --data /data/imagenet \
                 --out runs/simmim_swin_b
     8 GPUs  torchrun --nproc-per-node 8 simmim.py --config configs/simmim_swin_b.yaml \

@@ -12,8 +12,7 @@ task too easy, a quarter of the kept units is then hidden behind a token (second
 Paper: Li et al., Uniform Masking: Enabling MAE Pre-training for Pyramid-based Vision Transformers
 with Locality, arXiv 2205.10063.
 
-    CPU     python um_mae.py --config configs/um_mae_tiny.yaml --out runs/um_mae
-            (loss 0.40 with --epochs 2)
+    CPU     python um_mae.py --config configs/um_mae_tiny.yaml --out runs/um_mae         (loss 0.39)
     1 GPU   python um_mae.py --config configs/um_mae_swin_t.yaml --data /data/imagenet \
                 --out runs/um_mae_swin_t
     8 GPUs  torchrun --nproc-per-node 8 um_mae.py --config configs/um_mae_swin_t.yaml \

@@ -6,7 +6,7 @@
     python -m tools.tables cifar10 --data DIR                every method on photographs
     python -m tools.tables protocols --cifar10_mini DIR      every method in every protocol of fine-tuning
     python -m tools.tables dense --seeds "0 1 2"             pixels and keypoints: MAE, supervised, random weights
-    python -m tools.tables print results/learns.json         the tables of a file
+    python -m tools.tables print results/learns_vit.json     the tables of a file
 
 Numbers go to a file in --out, or to --json. A measurement that was stopped goes on when its command is given again. All
 images have 64 px; scores are of 2,000 test images of `shapes`, unless a table says something else.

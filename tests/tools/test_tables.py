@@ -249,7 +249,8 @@ def test_a_missing_file_is_one_line(call, tmp_path):
     assert done.code == 2 and "none.json" in done.err and done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["demo", "learns", "learns_vit", "protocols", "dense"])
+@pytest.mark.parametrize("name", ["demo", "sweep_vit", "sweep_pyramids", "learns_vit", "learns_pyramids", "cifar10",
+                                  "protocols", "dense"])
 def test_readme_shows_what_was_measured(name):
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     shown = "\n".join(page.read_text() for page in pages)
