@@ -74,17 +74,16 @@ def sweep(args):
     cells = []
     for seed in args.seeds:
         for name in args.methods:
-            arms = {arm: (random_weights(args.out, name, seed), times) for arm, times in SCRATCH.items()}
+            rates = (*TUNING_RATES, *SCRATCH_BEYOND.get(SAME_NETWORK.get(name, name), ()))
+            arms = {arm: (random_weights(args.out, name, seed), times, rates) for arm, times in SCRATCH.items()}
+            rates = (*TUNING_RATES, *TUNING_BEYOND.get(name, ()))
             if name in TRIED:
-                arms = {"pre-training": (pretraining(args.out, name, seed), 1)}
+                arms = {"pre-training": (pretraining(args.out, name, seed), 1, rates)}
             else:
                 for rate in sorted([*RATES, *BEYOND.get(name, ())]):
-                    arms[f"pre-training {rate:g}"] = pretraining(args.out, name, seed, "--base_lr", rate), 1
-            for arm, (encoder, times) in arms.items():
-                more = TUNING_BEYOND.get(name, ())
-                if arm in SCRATCH:
-                    more = SCRATCH_BEYOND.get(SAME_NETWORK.get(name, name), ())
-                for rate in sorted([*TUNING_RATES, *more]):
+                    arms[f"pre-training {rate:g}"] = pretraining(args.out, name, seed, "--base_lr", rate), 1, rates
+            for arm, (encoder, times, rates) in arms.items():
+                for rate in sorted(rates):
                     words = ["--labels", 500, "--epochs", times * BUDGET[500], "--base_lr", rate]
                     out = encoder.out / slug(f"x{times} {rate:g}")
                     job = tuning(FINETUNE, encoder, *words, out=out, seed=seed, split="val")

@@ -201,12 +201,9 @@ def test_torchvisions_weights_on_this_machine_are_taken(tmp_path, monkeypatch):
                for tensor in own.values())
 
 
-def test_torchvisions_networks_see_images_as_in_their_training(monkeypatch):
+def test_torchvisions_networks_see_images_as_in_their_training(tmp_path, monkeypatch):
     """Those of EfficientNetV2-L were normalised by 0.5."""
-    class Anywhere:
-        def exists(self):
-            return True
-    monkeypatch.setattr(weights, "published_file", lambda name: Anywhere())
+    monkeypatch.setattr(weights, "published_file", lambda name: tmp_path)
     monkeypatch.setattr(weights, "load_published", lambda encoder, name: None)
     [network] = networks.open_networks(["torchvision:efficientnet_v2_l"], (64, 64), 0)
     assert network.mean == network.std == [0.5] * 3
