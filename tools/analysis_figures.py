@@ -110,6 +110,11 @@ def last_layer(rows):
     return [seeds[0] for seeds in rows.values() if len(seeds[0]) > 1][-1]
 
 
+def legend_beside(axis):
+    """The names of an axis's lines, right of all axes: inside there is no place that stays empty."""
+    axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+
+
 def spectrum(path, record):
     """LUT, Figure 4, but for that the networks' own spectra are drawn, not their difference."""
     save, (left, right) = panels(2, 4.4, 3.4)
@@ -120,7 +125,7 @@ def spectrum(path, record):
     tidy(left, title="last layer", xlabel="rank", ylabel="singular value of the covariance", yscale="log")
     [rows] = record["results"].values()
     lines_by_layer(right, rows, title="all layers", ylabel="effective rank")
-    right.legend(frameon=False, fontsize=8)
+    legend_beside(right)
     save(path)
 
 
@@ -135,7 +140,7 @@ def frequency(path, record):
     tidy(left, title="last layer with a map", xlabel="frequency, of the highest", ylabel=label)
     [rows] = record["results"].values()
     lines_by_layer(right, rows, title="highest frequency", ylabel=label)
-    right.legend(frameon=False, fontsize=8)
+    legend_beside(right)
     save(path)
 
 
