@@ -5,6 +5,7 @@
     python -m tools.tables ablations --seeds "0 1 2"         what each paper varies
     python -m tools.tables cifar10 --data DIR                every method on photographs
     python -m tools.tables protocols --cifar10_mini DIR      every method in every protocol of fine-tuning
+    python -m tools.tables dense_sweep                       learning rates of the next one, by validation images
     python -m tools.tables dense --seeds "0 1 2"             pixels and keypoints: MAE, supervised, random weights
     python -m tools.tables print results/learns_vit.json     the tables of a file
 
@@ -22,6 +23,9 @@ from common.config import user_errors
 from tools import bench, gpu_table, learning, runner
 from tools.demo import BUDGET, FINETUNE, add_options, bars, slug, tuning
 from tools.learning import pretraining
+
+# Measurements that share runs, and so a folder of them
+FOLDERS = {**dict.fromkeys(["sweep", "learns", "ablations"], "learning"), "dense_sweep": "dense"}
 
 METHODS = ["MAE", "SimMIM", "UM-MAE", "FastMIM", "LUT", "random weights"]
 LINEAR = "--mode linear --head_start random --shift 0 --epochs 100 --warmup_epochs 10"
@@ -49,13 +53,15 @@ DENSE = "-m tools.dense --config configs/dense_tiny.yaml"
 DENSE_PRETRAIN = "mae.py --config configs/tiny.yaml --picture_epochs 1000"
 SUPERVISED = ("finetune.py --config configs/finetune_tiny.yaml --model vit_tiny --patch_size 8 --labels 0 "
               "--head_start random --epochs 4 --warmup_epochs 0.32 --save_epochs 1 --log_every 100")
-FROZEN = "--freeze --base_lr 0.016"
-EVENLY = "--base_lr 0.004 --layer_decay 1"
-GENTLY = "--base_lr 0.016 --layer_decay 0.5"
-OF_DEPTH = {"MAE": GENTLY, "supervised": EVENLY, "random": GENTLY}
-FINE_TUNED = {  # task: {encoder: the better of EVENLY and GENTLY on validation images, results/dense_tuning.json}
-    "segment": {"MAE": EVENLY, "supervised": GENTLY, "random": EVENLY},
-    "depth": OF_DEPTH, "keypoints": OF_DEPTH}  # of keypoints nothing was tried yet
+MODES = {  # what trains: options, and the learning rates that the sweep tries, a factor of four apart
+    "frozen": ("--freeze", (4e-3, 1.6e-2, 6.4e-2)),
+    "fine-tuned": ("--layer_decay 1", (1e-3, 4e-3, 1.6e-2)),
+    "fine-tuned, layer decay 0.5": ("--layer_decay 0.5", (4e-3, 1.6e-2, 6.4e-2))}
+FROZEN, EVENLY, GENTLY = ("frozen", 1.6e-2), ("fine-tuned", 4e-3), ("fine-tuned, layer decay 0.5", 1.6e-2)
+CHOSEN = {  # task: {encoder: mode and rate of the columns "frozen" and "fine-tuned"}
+    "segment": {"MAE": (FROZEN, EVENLY), "supervised": (FROZEN, GENTLY), "random": (FROZEN, EVENLY)},
+    "depth": {"MAE": (FROZEN, GENTLY), "supervised": (FROZEN, EVENLY), "random": (FROZEN, GENTLY)},
+    "keypoints": {"MAE": (FROZEN, GENTLY), "supervised": (FROZEN, EVENLY), "random": (FROZEN, GENTLY)}}
 SUPERVISED_TITLE = "top-1, per cent of validation images"
 SCORES = {"segment": ("miou", "segmentation: mIoU, per cent (more is better)"),  # task: score, title
           "depth": ("rmse", "depth: RMSE, metres (less is better)"),
@@ -95,20 +101,44 @@ def protocols(args):
     return cells
 
 
-def dense(args):
-    """What is known about every pixel: MAE without labels, an encoder that was trained on all 20,000 class labels in as
-    many passes, and random weights, each frozen and fine-tuned with 200 labelled images. Encoders are trained once; a
-    seed decides which images have labels, the start of the head and the order."""
-    mae = runner.training(DENSE_PRETRAIN, out=args.out / "mae")
-    supervised = runner.training(SUPERVISED, out=args.out / "supervised")
-    cells = [runner.Cell(SUPERVISED_TITLE, "supervised", "20,000 labels", args.seeds[0], supervised)]
+def dense_encoders(args):
+    """{row: job of what dense prediction starts from}: MAE without labels, the same ViT trained on all 20,000 class
+    labels in as many passes, and None for random weights."""
+    return {"MAE": runner.training(DENSE_PRETRAIN, out=args.out / "mae"),
+            "supervised": runner.training(SUPERVISED, out=args.out / "supervised"), "random": None}
+
+
+def dense_job(args, task, name, encoder, mode, rate, seed, split):
+    words = ["--task", task, *MODES[mode][0].split(), "--base_lr", rate]
+    out = args.out / slug(f"{split} {task} {mode} {rate:g} {name} {seed}")
+    return tuning(DENSE, encoder, *words, out=out, seed=seed, split=split)
+
+
+def dense_sweep(args):
+    """The learning rates of dense prediction, frozen and fine-tuned, by validation images, with 200 labelled images."""
+    cells = []
     for seed in args.seeds:
         for task, (score, title) in SCORES.items():
-            for name, encoder in {"MAE": mae, "supervised": supervised, "random": None}.items():
-                for mode, words in {"frozen": FROZEN, "fine-tuned": FINE_TUNED[task][name]}.items():
-                    out = args.out / slug(f"{task} {mode} {name} {seed}")
-                    job = tuning(DENSE, encoder, "--task", task, *words.split(), out=out, seed=seed)
-                    cells.append(runner.Cell(title, name, mode, seed, job, key=score))
+            for name, encoder in dense_encoders(args).items():
+                for mode, (_, rates) in MODES.items():
+                    for rate in rates:
+                        job = dense_job(args, task, name, encoder, mode, rate, seed, "val")
+                        row = f"{name}, {mode}"
+                        cells.append(runner.Cell(f"{title}, validation", row, f"{rate:g}", seed, job, score))
+    return cells
+
+
+def dense(args):
+    """What is known about every pixel, with 200 labelled images, on test images. Encoders are trained once; a seed
+    decides which images have labels, the start of the head and the order."""
+    encoders = dense_encoders(args)
+    cells = [runner.Cell(SUPERVISED_TITLE, "supervised", "20,000 labels", args.seeds[0], encoders["supervised"])]
+    for seed in args.seeds:
+        for task, (score, title) in SCORES.items():
+            for name, encoder in encoders.items():
+                for column, (mode, rate) in zip(["frozen", "fine-tuned"], CHOSEN[task][name], strict=True):
+                    job = dense_job(args, task, name, encoder, mode, rate, seed, "test")
+                    cells.append(runner.Cell(title, name, column, seed, job, score))
     return cells
 
 
@@ -147,11 +177,11 @@ def main(argv=None):
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     commands = {}
     measurements = {"sweep": learning.sweep, "learns": learning.learns, "ablations": learning.ablations,
-                    "cifar10": learning.cifar10, "protocols": protocols, "dense": dense}
+                    "cifar10": learning.cifar10, "protocols": protocols, "dense_sweep": dense_sweep, "dense": dense}
     for name, cells_of in measurements.items():
         commands[name] = names.add_parser(name, description=cells_of.__doc__)
         commands[name].set_defaults(cells_of=cells_of)
-        add_options(commands[name], Path("runs", "learning" if name in ("sweep", "learns", "ablations") else name))
+        add_options(commands[name], Path("runs", FOLDERS.get(name, name)))
     for name, rows in {"sweep": [*learning.METHODS, *learning.TRIED], "learns": list(learning.METHODS)}.items():
         commands[name].add_argument("--methods", type=methods, default=rows, help='some of them, as "MAE ViT;LUT ViT"')
     commands["cifar10"].add_argument("--methods", type=functools.partial(methods, known=learning.CIFAR10),

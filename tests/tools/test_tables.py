@@ -189,7 +189,7 @@ def test_dense_trains_encoders_once(made_up, capsys):
     assert len([c for c in commands if not c.startswith("-m tools.dense")]) == 2
     assert len(commands) == 2 + 2 * 3 * 3 * 2  # seeds, tasks, encoders, modes
     for name, start in {"MAE": "runs/mae/", "supervised": "runs/supervised/"}.items():
-        own = [c for c in commands if re.search(f"runs/(segment|depth|keypoints)_[a-z-]+_{name}_", c)]
+        own = [c for c in commands if re.search(rf"runs/test_(segment|depth|keypoints)_\S+_{name}_", c)]
         assert len(own) == 12 and all(f"--init {start}encoder.pt " in c for c in own)
     results = record_of("runs/dense.json")["results"]
     assert results[tables.SUPERVISED_TITLE] == {"supervised": {"20,000 labels": [50, None]}}
@@ -198,6 +198,16 @@ def test_dense_trains_encoders_once(made_up, capsys):
         assert results[tables.SCORES[task][1]] == dict.fromkeys(["MAE", "supervised", "random"], modes)
     assert Path("runs/dense.png").stat().st_size > 1000
     assert "| random | 1.25 (1.25 to 1.25) | 1.25 (1.25 to 1.25) |" in capsys.readouterr().out
+
+
+def test_the_sweep_of_dense_prediction_tries_what_the_table_takes(made_up):
+    """On validation images, from the encoders of the table."""
+    tables.main(["dense_sweep", "--out", "runs"])
+    commands = [c for c in made_up() if c.startswith("-m tools.dense")]
+    assert len(commands) == 3 * 3 * 3 * 3 and all(" --split val " in c for c in commands)  # task, encoder, mode, rate
+    tables.main(["dense", "--out", "runs"])
+    before, after = ({re.sub(r" --(split|out) \S+", "", c) for c in made} for made in (commands, made_up()))
+    assert before >= {c for c in after if c.startswith("-m tools.dense")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -263,7 +273,7 @@ def test_every_command_of_a_table_can_be_parsed(tmp_path, call):
     """An option that a script lost would only be found after hours of measuring."""
     args = argparse.Namespace(out=tmp_path, seeds=[0], data=tmp_path, cifar10_mini=tmp_path)
     for cells_of in (learning.sweep, learning.learns, learning.ablations, learning.cifar10, tables.protocols,
-                     tables.dense):
+                     tables.dense_sweep, tables.dense):
         args.methods = list(learning.CIFAR10 if cells_of is learning.cifar10 else learning.METHODS)
         for job in runner.with_needs([cell.job for cell in cells_of(args)]):
             words = [word for word in job.words if word != "-m"]
