@@ -26,8 +26,8 @@ import torch.nn.functional as F
 
 from common import backbones, checkpoint, layers
 
-# width, depth, heads. S to H (14-px patches): Dosovitskiy et al., 2021; Ti: Touvron et al., 2021;
-# tiny, here and below: ours
+# width, depth, heads. B to H (14-px patches): Dosovitskiy et al., 2021; Ti, S: Touvron et al.,
+# 2021; tiny, here and below: ours
 VIT = {"vit_tiny": (96, 4, 4), "vit_ti": (192, 12, 3), "vit_s": (384, 12, 6),
        "vit_b": (768, 12, 12), "vit_l": (1024, 24, 16), "vit_h": (1280, 32, 16)}
 
@@ -185,12 +185,24 @@ class ViT(Encoder):
             self.blocks.append(layers.Block(width, attn, 4.0, rate, layer_scale))
         self.norm = nn.LayerNorm(width, eps=1e-6) if final_norm else nn.Identity()
 
-        self.apply(layers.init_weights if positions == "absolute" else layers.init_normal)
-        if positions != "absolute":
-            for i, block in enumerate(self.blocks):  # the later, the smaller (BEiT, 2.5)
-                for last in (block.attn.proj, block.mlp.fc2):
-                    nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * (i + 1)))
+        self.apply(layers.init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
+        if positions != "absolute":
+            self.init_like_simmim()
+
+    @torch.no_grad()
+    def init_like_simmim(self):
+        """Matrices and class token normal with std 0.02, cut in pre-training alone (released code);
+        what ends a branch is smaller the later it comes (BEiT, 2.5)."""
+        matrices = [m.weight for m in self.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        for parameter in (self.cls_token, *matrices):
+            if self.positions == "shared_bias":
+                layers.init_cut(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+        for i, block in enumerate(self.blocks):
+            for last in (block.attn.proj, block.mlp.fc2):
+                last.weight /= math.sqrt(2 * (i + 1))
 
     def encode(self, tokens, coords=None, grid=None, noise=None):
         """tokens (B, N, D), of the whole grid or at `coords` (B, N, 2) -> latent (B, 1 + N, D),
@@ -272,6 +284,7 @@ class Pyramid(Encoder):
     list_name = "layers"  # timm's name for the list of stages
     merging_in = 0  # a stage has the merging behind it (0) or the one in front of it (1)
     merging_ahead = 0  # for layer decay, a merging is part of the block before (0) or behind it (1)
+    compact = 1  # a map that is not the full one has its sides divided by this (UM-MAE)
 
     def __init__(self, model, img_size, patch_size, in_chans, widths, depths, num_heads, options,
                  drop_layers):
@@ -335,9 +348,10 @@ class Pyramid(Encoder):
         if noise is not None:
             draws = noise.split([2 * depth for depth in self.depths], dim=1)  # each (B, 2 * depth)
 
+        compact = self.compact if grid != self.grid else 1
         stages, outputs = self.get_submodule(self.list_name), []
         for stage, modules in enumerate(stages):
-            context = self.context(stage, grid, coords, x)
+            context = self.context(stage, grid, coords, compact, x.device)
             x = layers.run_blocks(modules["blocks"], x, draws[stage], self.checkpointing, context)
             if "norm" in modules:
                 x = modules["norm"](x)
@@ -350,8 +364,9 @@ class Pyramid(Encoder):
         outputs[-1] = (self.norm(x), grid)
         return outputs
 
-    def context(self, stage, grid, coords, x):
-        """What the blocks of a stage need beside x, which lies in a map `grid`."""
+    def context(self, stage, grid, coords, compact, device):
+        """What the blocks of a stage need beside tokens in a map `grid`, whose sides are those of
+        the full one divided by `compact`."""
         return (grid,)
 
     def block_id(self, name):
@@ -447,8 +462,8 @@ class WindowAttention(layers.Attention):
 
 class Swin(Pyramid):
     """Swin Transformer (Liu et al., 2021), `bias` "table", or as UM-MAE changed it, "continuous":
-    see WindowAttention and ConvMerging. `window` tokens a side, divided by `compact`, as a map's
-    sides are (UM-MAE). `learn_positions` finds none to learn. With a table, tokens have the
+    see WindowAttention and ConvMerging. `window` tokens a side, divided by `compact` where a map's
+    sides are. `learn_positions` finds none to learn. With a table, tokens have the
     positions of the map in which they lie, whatever `coords` says."""
 
     def __init__(self, model, img_size, patch_size, in_chans, width, depths, num_heads, hidden,
@@ -460,11 +475,12 @@ class Swin(Pyramid):
         widths = [width * 2**stage for stage in range(4)]
         super().__init__(model, img_size, patch_size, in_chans, widths, depths, num_heads,
                          {"window": window, "bias": bias}, drop_layers)
-        self.window = max(1, window // compact)
-        self.reach = layers.window_sizes(img_size, self.window)
+        self.window, self.compact = window, compact
+        self.reach = layers.window_sizes(img_size, window)
         self.continuous = bias == "continuous"
         if self.continuous:
-            eps, self.merging_ahead = 1e-6, 1  # UM-MAE's released code mixes this eps and Swin's
+            # DIFF: UM-MAE's released code has an eps of 1e-5 in some norms; here it is 1e-6 in all.
+            eps, self.merging_ahead = 1e-6, 1
             mergings = [ConvMerging(w, 2 * w, nn.LayerNorm(w, eps)) for w in widths[:3]]
         else:
             eps, hidden = 1e-5, 0  # Swin's released code
@@ -479,15 +495,16 @@ class Swin(Pyramid):
         else:
             self.apply(layers.init_normal)
 
-    def context(self, stage, grid, coords, x):
+    def context(self, stage, grid, coords, compact, device):
         """([Windows, shifted ones], offsets for a continuous bias: at coords, differences on the
         full grid, in tokens of this stage)."""
         if self.continuous and coords is not None:
             reach, side = self.grid, 2**stage
         else:
             reach, side, coords = self.reach[stage], 1, None
-        both = [Windows(grid, self.window, shifted, reach, coords, x.device) for shifted in (0, 1)]
-        return both, log_offsets(reach, side, x.device) if self.continuous else None
+        window = max(1, self.window // compact)
+        both = [Windows(grid, window, shifted, reach, coords, device) for shifted in (0, 1)]
+        return both, log_offsets(reach, side, device) if self.continuous else None
 
 
 def log_offsets(grid, side, device):
@@ -503,7 +520,7 @@ def log_offsets(grid, side, device):
 
 class PyramidViT(Pyramid):
     """PVT (Wang et al., 2021) as UM-MAE has it. Keys and values are pooled by each stage's
-    `reduction`, divided by `compact` as a map's sides are. Positions, a sine-cosine table, are
+    `reduction`, divided by `compact` where a map's sides are. Positions, a sine-cosine table, are
     added once, to the tokens; learned in fine-tuning (`learn_positions`)."""
 
     merging_ahead = 1
@@ -519,11 +536,15 @@ class PyramidViT(Pyramid):
         self.pos_embed = nn.Parameter(table) if learn_positions else nn.Buffer(table)
         mergings = [ConvMerging(*pair) for pair in itertools.pairwise(widths)]
         self.patch_embed = layers.PatchEmbed(4, in_chans, widths[0])
-        pooled = [max(1, n // compact) for n in reduction]
+        self.compact = compact
         self.make_stages(
-            lambda stage, i: layers.PooledAttention(widths[stage], num_heads[stage], pooled[stage]),
+            lambda stage, i: layers.PooledAttention(
+                widths[stage], num_heads[stage], reduction[stage]),
             mergings, drop_path, final_norm, mlp_ratios=mlp_ratios)
         self.init_like_um_mae()
+
+    def context(self, stage, grid, coords, compact, device):
+        return grid, compact
 
 
 class PyramidViT2(Pyramid):

@@ -10,7 +10,7 @@ linear layer.
       +--target--> (B,C,H,W) <---- absolute error on hidden pixels ----> pred <--linear----+
 
 Paper: Xie et al., SimMIM: A Simple Framework for Masked Image Modeling, arXiv 2111.09886; the 47 x
-47 target is of Xie et al., Revealing the Dark Secrets of Masked Image Modeling, arXiv 2205.13543.
+47 target is that of Swin Transformer V2's released code.
 
     CPU     python simmim.py --config configs/simmim_tiny.yaml --out runs/simmim         (loss 0.35)
     1 GPU   python simmim.py --config configs/simmim_swin_b.yaml --data /data/imagenet \
@@ -94,6 +94,8 @@ class SimMIM(nn.Module):
         self.num_units = self.grid[0] * self.grid[1]  # U
         self.num_noise = self.num_units + 2 * self.encoder.num_layers  # mask, stochastic depth
         self.mask_token = nn.Parameter(torch.randn(1, 1, self.encoder.embed_width) * 0.02)
+        if "positions" in options:
+            layers.init_cut(self.mask_token)
         pixels = self.encoder.out_stride**2 * cfg.in_chans
         # DIFF: UM-MAE's SimMIM baselines shuffle the outputs of their head to a map of stride 16;
         # ours keep the last map's, 32: the same linear layer with its outputs in another order.

@@ -165,7 +165,7 @@ class PatchEmbed(nn.Module):
 
 class OverlapEmbed(nn.Module):
     """Overlapping patches, convolved and normalised (PVTv2): images (B, C, H, W), or with `grid`
-    tokens (B, h*w, C), -> (B, N, D). ValueError for other channels."""
+    tokens (B, h*w, C), -> (B, N, D). ValueError for other channels or sides."""
 
     def __init__(self, in_chans, width, size, stride):
         super().__init__()
@@ -175,8 +175,11 @@ class OverlapEmbed(nn.Module):
     def forward(self, x, grid=None):
         if grid is not None:
             x = as_map(x, grid)  # (B, C, h, w)
-        if x.shape[1] != self.proj.in_channels:
-            raise ValueError(f"expected {self.proj.in_channels} channels, not {x.shape[1]}")
+        C, H, W = x.shape[1:]
+        stride = self.proj.stride[0] if grid is None else 1  # of a map, a side may be odd
+        if C != self.proj.in_channels or H % stride or W % stride:
+            raise ValueError(f"expected {self.proj.in_channels} channels, sides divisible by "
+                             f"{stride}; got {C} x {H} x {W}")
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))  # (B, N, D)
 
 
@@ -189,12 +192,20 @@ def init_weights(module):
 
 
 def init_normal(module):
-    """Linear layers normal with std 0.02, zero biases (Swin's and BEiT's released code, which cuts
-    them at an absolute 2, a hundred standard deviations away)."""
+    """Linear layers normal with std 0.02, zero biases (Swin's released code, which cuts them at an
+    absolute 2, a hundred standard deviations away)."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def init_cut(tensor):
+    """Normal with std 0.02, cut at 0.02 (BEiT's and SimMIM's released pre-training of a ViT). What
+    is left has a std of 0.011. (torch's trunc_normal_ cannot do it to a plan's fake tensors.)"""
+    inside = math.erf(math.sqrt(0.5))  # probability of one standard deviation
+    tensor.uniform_(-inside, inside).erfinv_().mul_(0.02 * math.sqrt(2))
 
 
 # ---------------------------------------- Attention
@@ -243,18 +254,20 @@ class PooledAttention(Attention):
         self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.sr, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-6)
 
-    def reduce(self, x, grid):
+    def reduce(self, x, grid, compact=1):
         """(B, h*w, D) -> (B, N', D), N' = h/reduction * w/reduction, rounded up; at the end of a
         map the average is that of the places that there are."""
-        if self.reduction > 1:
-            pooled = F.avg_pool2d(as_map(x, grid), self.reduction, ceil_mode=True)
+        reduction = max(1, self.reduction // compact)
+        if reduction > 1:
+            pooled = F.avg_pool2d(as_map(x, grid), reduction, ceil_mode=True)
             x = pooled.flatten(2).transpose(1, 2)  # (B, N', D)
         return self.norm(self.sr(x))
 
-    def forward(self, x, grid):
+    def forward(self, x, grid, compact=1):
+        """`compact`: how much smaller a map is than the full one, and so what is averaged."""
         B, N, D = x.shape
         q = self.q(x).view(B, N, self.num_heads, -1).transpose(1, 2)  # (B, heads, N, D/heads)
-        kv = self.kv(self.reduce(x, grid)).view(B, -1, 2, self.num_heads, D // self.num_heads)
+        kv = self.kv(self.reduce(x, grid, compact)).view(B, -1, 2, self.num_heads, D // self.num_heads)
         k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, N', D/heads)
         return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(B, N, D))
 
@@ -268,7 +281,7 @@ class ConvAttention(PooledAttention):
         self.sr = nn.Conv2d(width, width, reduction, reduction) if reduction > 1 else None
         self.norm = nn.LayerNorm(width, eps=1e-5) if reduction > 1 else None
 
-    def reduce(self, x, grid):
+    def reduce(self, x, grid, compact=1):
         if self.reduction == 1:
             return x
         # DIFF: where its stride does not divide a map, PVTv2's released code cuts the rest off;

@@ -124,6 +124,35 @@ def test_a_compact_map_has_windows_and_pooling_of_half_the_side(kind, half, full
     assert equal(dict(two.state_dict()), dict(build(kind, **full).state_dict()))  # no weight depends on it
 
 
+def test_on_a_full_map_an_encoder_for_compact_ones_is_the_one_in_its_file():
+    """Whole images, as a probe during training sees them: windows and pooling are those of the file."""
+    for kind, options in (("continuous", {"window": 8}), ("pvt", {"reduction": (8, 4, 2, 1)})):
+        encoder, imgs = build(kind, **options, compact=2), torch.randn(2, 3, 64, 64)
+        assert torch.equal(encoder(imgs), build(kind, **options)(imgs))
+        coords = layers.raster(encoder.grid)  # told or not
+        assert torch.equal(encoder.encode(encoder.embed(imgs), coords, encoder.grid), encoder(imgs))
+
+
+@pytest.mark.parametrize(("positions", "std", "largest"), [("shared_bias", 0.0108, 0.02), ("block_bias", 0.02, 0.2)])
+def test_the_first_weights_of_simmim_s_vit(positions, std, largest):
+    """As in tests/golden/simmim_vit.npz, of pre-training: what is cut at one of its standard deviations keeps 0.54."""
+    torch.manual_seed(0)
+    encoder = models.build("vit_s", (64, 64), 16, positions=positions)
+    for name in ("patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.3.mlp.fc1", "blocks.3.mlp.fc2"):
+        weight, bias = encoder.get_submodule(name).weight, encoder.get_submodule(name).bias
+        scale = (2 * (int(name.split(".")[1]) + 1)) ** 0.5 if name.endswith(("attn.proj", "fc2")) else 1
+        assert weight.std().item() * scale == pytest.approx(std, rel=0.02), name
+        assert std < weight.abs().max() * scale <= largest and not bias.any()
+    assert 0 < encoder.cls_token.abs().max() <= largest
+
+
+@pytest.mark.parametrize("size", [(62, 64), (64, 63), (61, 61)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sides_that_do_not_fit_are_refused(kind, size):
+    with pytest.raises(ValueError, match=f"sides divisible by {4 if kind in PYRAMIDS else 8}; got 3 x {size[0]} x"):
+        build(kind).embed(torch.zeros(1, 3, *size))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_one_mode_computed_does_not_come_back_in_another(kind):
     """Sizes were seen under fake tensors, on meta and in inference mode; then training gets tensors of its own."""

@@ -53,7 +53,7 @@ def test_window_attention_by_definition():
     nn_init(attention)
     coords = random_units(2, 4, 4)[:, torch.arange(64).view(8, 8)[:h].flatten()]
     x = torch.randn(2, h * w, 8)
-    found = attention(x, *encoder.context(0, (h, w), coords, x))
+    found = attention(x, *encoder.context(0, (h, w), coords, 1, x.device))
     q, k, v = attention.qkv(x).view(2, h * w, 3, 2, 4).unbind(2)  # each (B, N, heads, d)
     row, column = torch.arange(h * w) // w, torch.arange(h * w) % w
     padded = 8  # rows

@@ -149,6 +149,12 @@ def test_every_trainable_parameter_gets_a_gradient(kind, size, C):
             assert parameter.grad.abs().sum() > 0, name
 
 
+def test_the_mask_token_of_a_vit_is_cut_as_its_weights_are():
+    """Among 96 numbers with a std of 0.02, about 30 are larger."""
+    assert build("vit").mask_token.abs().max() <= 0.02 < build("swin").mask_token.abs().max()
+    assert build("vit", positions="absolute").mask_token.abs().max() > 0.02
+
+
 @pytest.mark.parametrize("kind,options,said", [
     ("swin", {"img_size": (64, 72)}, "64x72 must be divisible by --mask_unit 16 and by 32, .* as 64x96 is"),
     ("swin", {"mask_unit": 18, "img_size": (576, 576)}, "by 4, the patches of"),

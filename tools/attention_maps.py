@@ -68,8 +68,8 @@ def layout_of_windows(encoder, module, x, both, *args):
     return alike(places[0].transpose(0, 1), stride)  # (nW, n, 3)
 
 
-def layout_of_pooled(encoder, module, x, grid):
-    """x (B, h*w, D) on a map `grid`: PVT. A key lies at the centre of the tokens that it was made of."""
+def layout_of_pooled(encoder, module, x, grid, compact=1):
+    """x (B, h*w, D) on a map `grid`, the full one: PVT. A key lies at the centre of the tokens that it was made of."""
     grid, stride = grid_of(encoder, x.shape[1])
     places = marked_centres(grid, stride)  # (1, h*w, 3)
     maps = layers.as_map(places, grid)  # (1, 3, h, w)
