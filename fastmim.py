@@ -10,7 +10,9 @@ they have.
       +--target--> HOG of every token (B,N,9*C*cells) <--error--> pred (B,N,9*C*cells)
 
 Paper: Guo et al., FastMIM: Expediting Masked Image Modeling Pre-training for Vision, arXiv
-2212.06593. Its FastMIM-P, on growing images, is three runs in a row: `python -m tools.fastmim_p`.
+2212.06593; sections and tables are those of a later edition, Empirical Study on Enhancing
+Efficiency in Masked Image Modeling Pre-training. FastMIM-P, on growing images, is three runs in a
+row: `python -m tools.fastmim_p`.
 
     CPU     python fastmim.py --config configs/fastmim_tiny.yaml --out runs/fastmim     (loss 0.063)
     1 GPU   python fastmim.py --config configs/fastmim_vit_b.yaml --data /data/imagenet \

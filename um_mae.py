@@ -33,7 +33,7 @@ from common import config, engine, figures, layers, neighbours, optim, plan, ran
 
 @dataclass
 class Config(config.RunConfig):
-    """Pre-training of Swin-T for 200 epochs (UM-MAE, 4.1)."""
+    """Pre-training of Swin-T for 200 epochs (UM-MAE, 4.2)."""
     # The method
     model: str = "swin_t"  # swin_{tiny,t,b,l}, pvt_{tiny,s}, or a ViT
     patch_size: int = 0  # pixels; 0 is 16 for a ViT and 4 for a pyramid
@@ -70,8 +70,9 @@ class Config(config.RunConfig):
         config.in_range(self, secondary_ratio="[0, 1)", unit="[1, inf)", window="[1, inf)",
                         shift="[0, inf)")
         if self.model.startswith(("pvtv2", "torchvision:")):
-            raise ValueError(f"--model {self.model} looks across the borders of units, which are "
-                             "no neighbours in a compact image; UM-MAE takes a ViT, swin_*, pvt_*")
+            raise ValueError(f"--model {self.model}: UM-MAE takes vit_*, swin_* and pvt_*, which "
+                             "find their way in a compact image; other networks would take units "
+                             "that met there for neighbours")
 
 
 # ---------------------------------------- Masks: noise (B, U), grid (h, w) of units -> ids_keep
@@ -159,6 +160,10 @@ class UMMAE(nn.Module):
         if cfg.model.startswith("swin") and cfg.window % two_units[0]:
             raise ValueError(f"--window {cfg.window} cuts units of {unit} px: it must be divisible "
                              f"by {two_units[0]}")
+        if cfg.model.startswith("swin") and cfg.window % (2 * two_units[0]):
+            if cfg.window < max(self.encoder.grid):  # so that windows are shifted (UM-MAE, 3.1)
+                config.print_once(f"shifted windows of {cfg.window} tokens cut units of {unit} px: "
+                                  f"better --window {2 * two_units[0]}, or a multiple")
         fits = [pool % n == 0 and (pool % 2 == 0 or pool == 1)
                 for pool, n in zip(cfg.reduction, two_units, strict=True)]
         if cfg.model.startswith("pvt") and not all(fits):
@@ -235,7 +240,7 @@ class UMMAE(nn.Module):
         # cells, at the kept places in raster order, so that three in four stand at a place that is
         # not theirs; --published_order does it, too.
         places = ids_keep
-        if self.cfg.published_order and self.up > 1:
+        if self.cfg.published_order and num_prefix == 0:
             places = ids_keep.sort(dim=1).values
         units = self.mask_token.to(x.dtype).expand(len(x), self.num_units, -1)
         units = units.scatter(1, places[..., None].expand_as(kept), kept)  # (B, U, decoder_width)
@@ -294,7 +299,8 @@ def reconstruct(model, imgs, noise):
     visible = layers.unpatchify(units.masked_fill(hidden, 0.0), unit, model.grid)  # (B, C, H, W)
     rows = {
         "original": imgs,
-        "uniform sampling": layers.unpatchify(units.masked_fill(dropped, 0.0), unit, model.grid),
+        f"{model.cfg.sampling} sampling":
+            layers.unpatchify(units.masked_fill(dropped, 0.0), unit, model.grid),
         "secondary masking": visible,
         "compact image": model.compact(visible, ids_keep),
         "prediction" + note:

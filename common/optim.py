@@ -13,8 +13,9 @@ def cosine(step, steps, start, end):
 
 class Schedule:
     """Learning rate of every step: linear from 0 over the warm-up, then half a cosine from the peak to --min_lr (MAE,
-    Table 8), or, with --schedule step, the peak until 7/8 of the run and a tenth of it afterwards (SimMIM). `steps` and
-    `warmup_steps` are of the whole run, whatever --max_steps says."""
+    Table 8), or, with --schedule step, the peak until 7/8 of the run and a tenth of it afterwards (SimMIM). A warm-up
+    that is no shorter than the run becomes a twentieth of it. `steps` and `warmup_steps` are of the whole run, whatever
+    --max_steps says."""
 
     def __init__(self, cfg, steps_per_epoch):
         self.kind, self.min_lr = cfg.schedule, cfg.min_lr
@@ -26,6 +27,7 @@ class Schedule:
 
     def lr(self, step):
         """The learning rate of a step, counted from 0. Both schedules have the same warm-up."""
+        # DIFF: SimMIM's warm-up starts at 1e-6 or 5e-7 per 512 images; every warm-up here starts at 0.
         if step < self.warmup_steps:
             return self.peak_lr * step / self.warmup_steps
         # DIFF: SimMIM's released cosine runs from step 0, warm-up included, and drops by a tenth where that ends.
@@ -55,6 +57,8 @@ def parameter_groups(model, weight_decay, lr_scale=lambda name: 1.0):
 def layer_decay(model, decay):
     """The `lr_scale` of parameter_groups for a model with an `encoder`: a function of a parameter's name, which gives
     decay^(num_layers + 1 - layer_id) in the encoder, and 1 elsewhere (BEiT)."""
+    # DIFF: SimMIM's layer decay scales the peak alone, and all layers end at min_lr; here, as in MAE's and BEiT's
+    # code, it scales the whole curve.
     def lr_scale(name):
         if not name.startswith("encoder."):
             return 1.0

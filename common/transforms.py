@@ -94,7 +94,7 @@ class CentreCrop:
 
 # What a script's Config need not have.
 DEFAULTS = {"crop_ratio": (3 / 4, 4 / 3), "interpolation": "bicubic", "shift": 0, "rand_augment": False,
-            "color_jitter": 0.0, "random_erasing": 0.0, "crop": "random_resized", "mean": (), "std": (),
+            "color_jitter": 0.0, "random_erasing": 0.0, "crop": "of crop_scale", "mean": (), "std": (),
             "value_range": ()}
 
 
@@ -117,9 +117,12 @@ def augmentation(cfg, whole=CentreCrop):
     elif tuple(cfg.crop_scale) == (1, 1):
         steps = [whole(size, interpolation)]
     else:
+        # DIFF: MAE's linear probing draws area and shape of a crop once, and cuts off what lies outside of the image;
+        # here, as everywhere else, they are drawn again, up to ten times, until a crop lies inside.
         steps = [v2.RandomResizedCrop(size, tuple(cfg.crop_scale), tuple(cfg.crop_ratio), interpolation)]
 
-    if cfg.shift or cfg.crop == "simple":
+    shifted = cfg.shift and cfg.crop != "random_resized"  # LUT's option: of its crops, the simple one is shifted
+    if shifted or cfg.crop == "simple":
         steps.append(v2.RandomCrop(size, padding=cfg.shift, padding_mode="reflect"))
     if cfg.flip:
         steps.append(v2.RandomHorizontalFlip(cfg.flip))

@@ -1,5 +1,6 @@
 """transforms.py: crops, augmentation and normalisation, and constants that belong to no mode."""
 
+import dataclasses
 import re
 import types
 
@@ -64,6 +65,15 @@ def test_every_augmentation_at_once(in_chans):
     assert all(i.shape == (in_chans, 24, 40) and i.dtype == torch.uint8 for i in images)
     assert len({i.numpy().tobytes() for i in images}) == 20
     assert torch.equal(dataset[4, 0, 0][0], images[4])
+
+
+def test_of_lut_s_crops_the_simple_one_is_shifted():
+    """--shift is 4 by default, and the paper's other crop has none; elsewhere it goes with any crop."""
+    cfg = lut.Config(img_size=(32, 32), flip=0)
+    other = dataclasses.replace(cfg, crop="random_resized")
+    for options, shifts in ((cfg, True), (other, False), (config(shift=4), True)):
+        steps = transforms.augmentation(options).transforms
+        assert any(isinstance(step, v2.RandomCrop) for step in steps) == shifts
 
 
 def test_rand_augment_needs_grey_or_rgb():
