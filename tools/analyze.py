@@ -67,7 +67,7 @@ def look(args, names):
 
     streamed = {name: analyses.STREAMED[name]() for name in names if name in analyses.STREAMED}
     if streamed:
-        count, batches = networks.image_batches(args, found[0].encoder)
+        count, batches = networks.image_batches(args, found)
         fewest = max(analysis.fewest_images for analysis in streamed.values())
         if min(count, args.batch_size) < fewest:
             raise ValueError(f"{args.name} compares images with each other and needs {fewest} in a batch: there are "
@@ -89,7 +89,7 @@ def look(args, names):
 def look_at_queries(args, found, about):
     """A figure for each network, of the first --pictures images."""
     few = argparse.Namespace(**{**vars(args), "images": args.pictures, "batch_size": args.pictures})
-    count, batches = networks.image_batches(few, found[0].encoder)
+    count, batches = networks.image_batches(few, found)
     imgs = next(batches, None)
     batches.close()
     if imgs is None:

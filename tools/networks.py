@@ -1,6 +1,7 @@
 """The networks that analyze.py compares, and the images that all of them see."""
 
 import dataclasses
+import types
 from pathlib import Path
 
 import torch
@@ -15,19 +16,26 @@ from common.randomness import seed_of
 
 @dataclasses.dataclass
 class Network:
-    """An encoder in eval mode. Networks of one name are the seeds of one row. `mean` and `std` are those of the images
-    that it was made for, for transforms.normalize; empty for the usual ones."""
+    """An encoder in eval mode. Networks of one name are the seeds of one row. `mean`, `std` and `value_range` are those
+    of the images that it was made for; empty for the usual ones."""
     name: str
     source: str  # a file, torchvision:NAME or random
     encoder: torch.nn.Module
     mean: list = ()
     std: list = ()
+    value_range: list = ()
+
+
+def split_name(word):
+    """(name, path) of NAME=PATH, or ("", path): a path that is there may hold = itself, as sweep/lr=1/encoder.pt."""
+    name, equals, path = word.partition("=")
+    return (name, path) if equals and not Path(word).exists() else ("", word)
 
 
 def named(word):
     """(name, source, was the name given?) of NAME=SOURCE, or of a source alone: runs/mae/encoder.pt is called mae."""
-    name, equals, source = word.partition("=")
-    if equals:
+    name, source = split_name(word)
+    if name:
         return name, source, True
     is_file = word != "random" and not word.startswith("torchvision:")
     return (Path(word).absolute().parent.name if is_file else word), word, False
@@ -47,21 +55,22 @@ def open_networks(words, img_size, seed, device="cpu"):
 
     networks = []
     for name, source, _ in entries:
-        mean, std = (), ()
         if source == "random":
             if not networks:
                 raise ValueError("random is the first checkpoint's network with random weights: name another one first")
             nth = sum(network.source == "random" for network in networks)
             encoder = with_seed(networks[0].encoder.arch, seed_of(seed, "random", nth))
-            mean, std = networks[0].mean, networks[0].std
+            images = networks[0].mean, networks[0].std, networks[0].value_range
         elif source.startswith("torchvision:"):
-            encoder, name, (mean, std) = torchvision_encoder(source, size, in_chans, seed, name)
+            encoder, name, images = torchvision_encoder(source, size, in_chans, seed, name)
         else:
             encoder = models.from_arch(saved[source]["arch"], img_size=size,
                                        final_norm=not weights.lost_its_norm(saved[source]))
-            weights.load_encoder(encoder, saved[source], source)
             mean, std = weights.statistics_of(saved[source])
-        networks.append(Network(name, source, encoder.eval().requires_grad_(False).to(device), mean, std))
+            # Images come normalised by the file's own mean and std: its patch embedding stays as it is.
+            weights.load_encoder(encoder, saved[source], source, cfg=types.SimpleNamespace(mean=mean, std=std))
+            images = mean, std, saved[source].get("value_range", ())
+        networks.append(Network(name, source, encoder.eval().requires_grad_(False).to(device), *images))
     return networks
 
 
@@ -98,11 +107,21 @@ def torchvision_encoder(source, size, in_chans, seed, name):
     return encoder, f"{name} (random weights)", ((), ())
 
 
-def image_batches(args, encoder):
-    """(how many, batches uint8 (B, C, H, W)) of --images images of --data in random order, with a progress bar.
-    ValueError or OSError if there are none."""
-    H, W = encoder.arch["img_size"]
-    source = data.open_source(args.data, args.split, encoder.arch["in_chans"])
+def range_of(found):
+    """The value_range of the images that all networks see, () if no file says any. ValueError if two files differ."""
+    ranges = {tuple(network.value_range): network.source for network in found if network.value_range}
+    if len(ranges) > 1:
+        listed = ", ".join(f"{source}: {low:g} to {high:g}" for (low, high), source in ranges.items())
+        raise ValueError(f"the checkpoints are for images of several value ranges ({listed}): look at them one by one")
+    return next(iter(ranges), ())
+
+
+def image_batches(args, found):
+    """(how many, batches uint8 (B, C, H, W)) of --images images of --data in random order, with a progress bar, for
+    networks of one size. ValueError or OSError if there are none."""
+    arch = found[0].encoder.arch
+    H, W = arch["img_size"]
+    source = data.open_source(args.data, args.split, arch["in_chans"], value_range=range_of(found))
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(args.seed))
     indices = order[: args.images].tolist()
     crop = transforms.CentreCrop((H, W), v2.InterpolationMode.BICUBIC)

@@ -94,23 +94,24 @@ def attend(paths, init, out, layer=0, queries=(), img_size=(0, 0), value_range=(
         if any(img_size) and tuple(img_size) != model.cfg.img_size:
             h, w = model.cfg.img_size
             raise ValueError(f"--img_size: {init} is for images of {h}x{w}; the encoder.pt beside it takes others")
-        network = networks.Network(networks.named(init)[0], init, model.encoder, model.cfg.mean, model.cfg.std)
+        cfg = model.cfg
+        network = networks.Network(networks.named(init)[0], init, model.encoder, cfg.mean, cfg.std, cfg.value_range)
     else:
         [network] = networks.open_networks([init], img_size, seed=0)
     if not attentions_of(network.encoder):
         raise ValueError(f"{init}: no attention whose maps could be shown")
     arch = network.encoder.arch
-    imgs = read(paths, arch["img_size"], arch["in_chans"], value_range)
+    imgs = read(paths, arch["img_size"], arch["in_chans"], value_range or network.value_range)
     record = snapshots.attention([network], imgs, list(queries), layer)
     if figures.can_draw():
         analysis_figures.attention(out, record, network.name, imgs / 255)
-        print(f"drawn: {out}")
+        config.print_once(f"drawn: {out}")
 
 
 def draw(out, rows, title, columns, side=SIDE):
     figures.grid(out, rows, title, columns, side)
     if figures.can_draw():
-        print(f"drawn: {out}")
+        config.print_once(f"drawn: {out}")
 
 
 # ---------------------------------------- What a classifier confuses
@@ -203,7 +204,7 @@ def main(argv=None):
         if figures.can_draw():
             path = args.out or Path(args.confusion).parent / "pictures" / "confusion.png"
             draw_confusion(path, *confusion)
-            print(f"drawn: {path}")
+            config.print_once(f"drawn: {path}")
 
 
 if __name__ == "__main__":

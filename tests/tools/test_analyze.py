@@ -6,11 +6,13 @@ import pickle
 import types
 
 import browser
+import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import paint
 from encoders import make_small
+from PIL import Image
 
 import models
 from common import checkpoint, config, transforms, weights
@@ -185,6 +187,39 @@ def test_images_are_normalised_as_each_network_is_used_to(call, encoders, folder
         with Watch(found[0].encoder, on_features=lambda layer, maps: layer == 3 and features.add(maps.mean((2, 3)))):
             found[0].encoder(normalised)
     torch.testing.assert_close(rank.covariances[0, 3].spectrum(), features.spectrum())
+    own = models.load(str(tmp_path / "own.pt"))  # the weights as they are in the file
+    with torch.no_grad():
+        torch.testing.assert_close(found[0].encoder(normalised), own(normalised))
+
+
+def test_a_network_of_torchvision_with_other_statistics(tmp_path):
+    """Its patches cannot be made to fit other ones, and need not be."""
+    encoder = models.build("torchvision:convnext_tiny", (64, 64))
+    checkpoint.write(tmp_path / "own.pt", {"arch": config.to_plain(encoder.arch), "model": encoder.state_dict(),
+                                           "method": "MAE", "step": 3, "mean": [0.5] * 3, "std": [0.5] * 3})
+    [network] = networks.open_networks([str(tmp_path / "own.pt")], (0, 0), 0)
+    assert network.mean == network.std == [0.5] * 3
+
+
+def test_black_and_white_are_those_of_the_checkpoint(call, encoders, tmp_path):
+    """16-bit images, of which the file says what is black and white; two files that say something else are refused."""
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 500, (16, 16)).astype(np.uint16)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    saved = torch.load(encoders["grey"])
+    for low, high in ((0, 1000), (0, 2000)):
+        torch.save({**saved, "value_range": [low, high]}, tmp_path / f"{high}.pt")
+    [network] = networks.open_networks([str(tmp_path / "1000.pt")], (0, 0), 0)
+    args = types.SimpleNamespace(data=str(tmp_path / "images"), split="val", images=2, batch_size=2, seed=0,
+                                 device="cpu")
+    imgs = next(networks.image_batches(args, [network])[1])
+    assert 120 < imgs.max() <= 128  # 500 of 1000
+    words = ["--data", tmp_path / "images", "--out", tmp_path / "out"]
+    said = fails(call, "kl", "--checkpoints", f"A={tmp_path / '1000.pt'}", f"B={tmp_path / '2000.pt'}", *words)
+    assert "1000.pt: 0 to 1000" in said and "2000.pt: 0 to 2000" in said
+    analyse(call, "kl", "--checkpoints", f"A={tmp_path / '1000.pt'}", "random", encoders["grey"], *words[:2],
+            out=tmp_path / "out")
 
 
 def test_torchvisions_weights_on_this_machine_are_taken(tmp_path, monkeypatch):
@@ -224,7 +259,7 @@ def test_attention_of_chosen_patches(call, encoders, folder, tmp_path):
     encoder = models.load(str(encoders["vit"]))
     [network] = networks.open_networks([str(encoders["vit"])], (0, 0), 0)
     args = types.SimpleNamespace(data=str(folder), split="val", images=1, batch_size=1, seed=0, device="cpu")
-    imgs = transforms.normalize(next(networks.image_batches(args, network.encoder)[1]))
+    imgs = transforms.normalize(next(networks.image_batches(args, [network])[1]))
     q = torch.nn.functional.layer_norm
     with torch.no_grad():
         x = torch.cat([encoder.cls_token, encoder.embed(imgs) + encoder.pos_embed[:, 1:]], dim=1)

@@ -210,6 +210,28 @@ def test_attention_of_image_files(last, call, folder, tmp_path, run):
     assert maps[0] == maps[1] != maps[2] and np.shape(maps[0]) == (1, 1, 4, 4, 4)
 
 
+@pytest.mark.parametrize("name", ["encoder.pt", "last.pt"])
+def test_attention_takes_black_and_white_from_the_checkpoint(name, call, tmp_path, monkeypatch):
+    """An = in its path names nothing."""
+    torch.manual_seed(0)
+    model = mae.MAE(mae.Config(**SMALL, **OF_DECODER, in_chans=1, value_range=(0.0, 1000.0)))
+    path = tmp_path / "lr=1" / name
+    path.parent.mkdir()
+    if name == "last.pt":
+        last_pt(path, model)
+    else:
+        checkpoint.write(path, {"arch": config.to_plain(model.encoder.arch), "model": model.encoder.state_dict(),
+                                "method": "MAE", "step": 0, "value_range": [0.0, 1000.0]})
+    Image.fromarray(np.full((16, 16), 500, np.uint16)).save(tmp_path / "wide.png")
+    seen = []
+    monkeypatch.setattr(show.snapshots, "attention", lambda found, imgs, *rest: seen.append(imgs))
+    monkeypatch.setattr(show.analysis_figures, "attention", lambda *words: None)
+    words = [tmp_path / "wide.png", "--init", path, "--attention", "--out", tmp_path / "a.png"]
+    assert call(show.main, words).code == 0 and seen[0].unique().tolist() == [128]
+    done = call(show.main, [*words, "--value_range", "0,2000"])
+    assert done.code == 0 and seen[1].unique().tolist() == [64], done.err
+
+
 def test_networks_and_queries_without_attention(last, call, folder, tmp_path):
     image = folder / "val" / "ant" / "0.png"
 
