@@ -176,9 +176,9 @@ def runs_of(assignment, question, kinds):
     mutants = [mutant for mutant in yaml.safe_load((ROOT / "tests" / "mutants.yaml").read_text())
                if mutant["name"].partition(" ")[0] == question["hunt"] and "harmless" not in mutant]
     shown = mutants if "hidden" in kinds else mutants[:1]  # a student has one of each function, to try
-    changes = [{"file": mutant["file"], "function": question["hunt"], "old": mutant["old"], "new": mutant["new"]}
+    changes = [[{"file": mutant["file"], "function": question["hunt"], "old": mutant["old"], "new": mutant["new"]}]
                for mutant in shown]
-    return [{"tests": None, "changes": []}, *({"tests": None, "changes": [change]} for change in changes)]
+    return [{"tests": None, "changes": change} for change in [[], *changes, []]]  # right code at the end, too
 
 
 def node_of(assignment, name):

@@ -28,6 +28,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MAX_SOURCE, MAX_OUTPUT = 500_000, 100_000  # bytes that a hand-in may have, and may print
+IMPORTS = (ast.Import, ast.ImportFrom)
 REFUSED = 97  # exit code of guarded.py where it stopped a process
 
 
@@ -54,40 +55,74 @@ def span(node):
     return first - 1, node.end_lineno
 
 
+def made_by(node):
+    """Names of the function, class or variables that a statement makes."""
+    if isinstance(node, ast.Assign):
+        return {ast.unparse(target) for target in node.targets}
+    if isinstance(node, ast.AnnAssign):
+        return {ast.unparse(node.target)}
+    return {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else set()
+
+
+def additions(ours, theirs, end, holes, prefix=""):
+    """[(place, column, node)] of functions, classes and variables that the body `theirs` alone has, last first. They go
+    in front of the line `place`, the next definition that both have, or `end`: they may be needed there, and may need
+    what stands above."""
+    known = {node.name: node for node in ours if hasattr(node, "name")}
+    names, place, found = set().union(*map(made_by, ours)), end, []
+    for node in reversed(theirs):
+        if not made_by(node) & names:
+            found += [(place, ours[0].col_offset, node)] * bool(made_by(node))
+        elif getattr(node, "name", None) in known:
+            own, name = known[node.name], prefix + node.name
+            place = span(own)[0]
+            if isinstance(own, ast.ClassDef) and isinstance(node, ast.ClassDef) and name not in holes:
+                found += additions(own.body, node.body, own.end_lineno, holes, f"{name}.")
+    return found
+
+
+def moved(lines, old, new):
+    """Lines of a statement that began in column `old`, for column `new`. What stands further left stays there."""
+    return [line if line[:old].strip() or not line.strip() else " " * new + line[old:] for line in lines]
+
+
 def graft(solution, hand_in, holes):
-    """The text `solution` with the functions `holes` of the text `hand_in`, and with imports, helpers and constants
+    """The text `solution` with the functions `holes` of the text `hand_in`, and with imports, helpers and variables
     that only the student has. Unreadable if a hole is gone; SyntaxError."""
     ours, theirs = ast.parse(solution), ast.parse(hand_in)
     known, given = definitions(ours), definitions(theirs)
-    lines, new = solution.splitlines(), hand_in.splitlines()
+    lines, new = solution.split("\n"), hand_in.split("\n")  # splitlines would count form feeds, too
     edits = []  # (first, last, what comes in their place)
     for hole in holes:
         if hole not in given:
             raise Unreadable(f"there is no {hole} any more")
         first, last = span(given[hole])
-        edits.append((*span(known[hole]), new[first:last]))
-    for name, node in given.items():  # helpers that are methods
-        owner = known.get(name.rpartition(".")[0])
-        if name not in known and owner:
-            first, last = span(node)
-            edits.append((owner.end_lineno, owner.end_lineno, ["", *new[first:last]]))
+        edits.append((*span(known[hole]), moved(new[first:last], given[hole].col_offset, known[hole].col_offset)))
 
-    imports = [node for node in ours.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {ast.unparse(target) for node in ours.body for target in getattr(node, "targets", [])}
-    extra = []
-    for node in theirs.body:
-        is_import = isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, "module", "") != "__future__"
-        is_helper = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in known
-        is_constant = isinstance(node, ast.Assign) and not names & {ast.unparse(target) for target in node.targets}
-        if is_import or is_helper or is_constant:
-            first, last = span(node)
-            extra += new[first:last]
-    edits.append((imports[-1].end_lineno, imports[-1].end_lineno, extra))
-    for first, last, text in sorted(edits, key=lambda edit: -edit[0]):
+    imports = [node for node in ours.body if isinstance(node, IMPORTS)]
+    extra = [(imports[-1].end_lineno, 0, node) for node in theirs.body
+             if isinstance(node, IMPORTS) and getattr(node, "module", "") != "__future__"]
+    inserted = {}  # {place: lines}
+    for place, column, node in extra + additions(ours.body, theirs.body, len(lines), holes)[::-1]:
+        first, last = span(node)
+        inserted.setdefault(place, []).extend(moved(new[first:last], node.col_offset, column))
+    edits += [(place, place, text) for place, text in inserted.items()]
+    for first, last, text in sorted(edits, key=lambda edit: edit[:2], reverse=True):  # a hole, then what precedes it
         lines[first:last] = text
     text = "\n".join(lines) + "\n"
     ast.parse(text)
     return text
+
+
+@contextlib.contextmanager
+def readable(name):
+    """What Python's parser refuses in a file of this name becomes Unreadable."""
+    try:
+        yield
+    except SyntaxError as error:
+        raise Unreadable(f"{name}: line {error.lineno} is not Python: {error.msg}") from None
+    except (RecursionError, MemoryError):
+        raise Unreadable(f"{name}: what is in it is nested too deeply") from None
 
 
 def read(hand_in, name):
@@ -97,31 +132,33 @@ def read(hand_in, name):
             if path.stat().st_size > MAX_SOURCE:
                 raise Unreadable(f"{name} is larger than {MAX_SOURCE // 1000} kB")
             try:
-                return path.read_text(encoding="utf-8")
+                return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
             except UnicodeDecodeError:
                 raise Unreadable(f"{name} is not UTF-8 text") from None
     raise Unreadable(f"{name} is not there")
 
 
 def prepare(assignment, question, hand_in, folder):
-    """The project in folder/project, as this question wants it. Unreadable or SyntaxError about the hand-in."""
+    """The project in folder/project, as this question wants it. Unreadable about the hand-in."""
     whole = HERE / "project"  # a student has none, and this folder instead
     skipped = shutil.ignore_patterns(".*", "__pycache__", "runs", "data")
     shutil.copytree(whole if whole.exists() else HERE, folder / "project", ignore=skipped)
     for name in assignment["hand_in"]:
-        text, path = read(hand_in, name), folder / "project" / name
-        ast.parse(text)
-        if whole.exists() and "holes" in question:
-            text = graft(path.read_text(encoding="utf-8"), text, question["holes"].get(name, []))
-        path.write_text(text, encoding="utf-8")
+        path, holes = folder / "project" / name, question.get("holes", {}).get(name, [])
+        grafts = whole.exists() and "holes" in question
+        # A file that has nothing of this question, and cannot be read, is the solution's.
+        with contextlib.suppress(*[Unreadable] * (grafts and not holes)), readable(name):
+            text = read(hand_in, name)
+            ast.parse(text)
+            text = graft(path.read_text(encoding="utf-8"), text, holes) if grafts else text
+            path.write_text(text, encoding="utf-8")
     (folder / "out").mkdir()
     shutil.copy(Path(__file__).with_name("guarded.py"), folder)
-    job = {"runs": question["runs"], "seconds": assignment["seconds"], "imports": assignment["imports"]}
+    job = {"runs": question["runs"], **{name: assignment[name] for name in ("seconds", "imports")}}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
 
 
 # ---------------------------------------- In the grader
-
 
 @functools.cache
 def nobody():
@@ -184,23 +221,26 @@ def friendly(name, message, hidden):
 
 
 def points(question, report):
-    """(points, lines). All tests of a question must pass; in a bug hunt the share of mistakes that are found counts."""
+    """(points, lines). All tests of a question must pass; in a bug hunt the share of mistakes that are found counts,
+    but a test that fails because it runs again finds nothing."""
     if report["errors"]:
         return 0, [f"the file cannot be imported: {report['errors'][0][:150]}"]
-    right, *wrong = report["reports"]
-    hidden = question.get("hidden", [])
+    runs = list(zip(question["runs"], report["reports"], strict=True))
+    right, *again = [found for run, found in runs if not run["changes"]]
+    wrong = [found for run, found in runs if run["changes"]]
     messages = right["failed"].values()
     if messages and all("NotImplementedError" in message for message in messages):
         names = set(re.findall(r"NotImplementedError\W*(\w+)", " ".join(messages)))
         own = {hole.rpartition(".")[2] for holes in question.get("holes", {}).values() for hole in holes}
         others = ", ".join(sorted(names - own))
         return 0, [f"not written yet, or in need of {others}, which is not" if others else "not written yet"]
-    lines = [friendly(name, message, hidden) for name, message in right["failed"].items()]
-    expected = question["runs"][0]["tests"]
-    missing = [name for name in expected or [] if name not in right["passed"] and name not in right["failed"]]
-    lines += [f"{name} did not run" for name in missing]
+    lines = [friendly(name, message, question.get("hidden", [])) for name, message in right["failed"].items()]
+    expected, ran = question["runs"][0]["tests"], {*right["passed"], *right["failed"]}
+    lines += [f"{name} did not run" for name in expected or [] if name not in ran]
     if not right["passed"] and not lines:
         lines.append("there is no test in it")
+    if not lines and any(found["failed"] for found in again):
+        lines.append("your tests fail on right code when they run again")
     if lines or not wrong:
         return 0 if lines else question["points"], lines
     caught = sum(bool(mistake["failed"]) for mistake in wrong)
@@ -210,8 +250,7 @@ def points(question, report):
 
 def mark(assignment, question, hand_in):
     """What Gradescope wants to know of a question: {"name", "score", "max_score", "output"}."""
-    folder = Path(tempfile.mkdtemp(prefix="grade_"))
-    score = 0
+    folder, score = Path(tempfile.mkdtemp(prefix="grade_")), 0
     try:
         prepare(assignment, question, hand_in, folder)
         if nobody():  # of whom it must be readable, and out be writable
@@ -222,8 +261,6 @@ def mark(assignment, question, hand_in):
             lines = [line]
         else:
             score, lines = points(question, report)
-    except SyntaxError as error:
-        lines = [f"line {error.lineno} is not Python: {error.msg}"]
     except Unreadable as error:
         lines = [str(error)]
     finally:
@@ -243,7 +280,6 @@ def main(argv=None):
     parser.add_argument("--hand_in", type=Path, default=HERE, help="folder of what was handed in")
     parser.add_argument("--results", type=Path, help="write them here, as Gradescope wants them")
     args = parser.parse_args(argv)
-
     began = time.time()
     assignment = json.loads((HERE / "assignment.json").read_text(encoding="utf-8"))
     marks = grade(assignment, args.hand_in.resolve())

@@ -72,6 +72,63 @@ def test_only_the_hole_and_what_it_may_need_are_taken():
         grade.graft(OURS, "import math", ["Model.one"])
 
 
+def test_a_helper_stands_where_the_student_put_it():
+    """It may need what stands above, and be needed below, both when it is made."""
+    theirs = """import math
+LARGE: float = 1e3
+SMALL, TINY = 0.1, 0.01
+
+
+class Base:
+    pass
+
+
+class Model(Base):
+    scale = 3
+    shift: int = 4
+
+    def one(self, by=scale):
+        return by, self.shift, LARGE, TINY, bounded(self).other
+
+    @staticmethod
+    def two():
+        return 2
+
+    def three(self):
+        return "three"
+
+
+class Other(Model):
+    pass
+
+
+def kept(model: Model, kind=Other) -> Other:
+    return kind()
+
+
+def main():
+    return 1
+
+
+def bounded(model, of=kept):
+    model = of(model)
+    model.other = "\f"
+    return model
+"""
+    space = {}
+    exec(grade.graft(OURS, theirs, ["Model.one"]), space)
+    assert space["main"]() == (3, 4, 1e3, 0.01, "\f") and space["Model"]().three() == "three"
+
+
+@pytest.mark.parametrize("indent", ["  ", "\t", "   "])
+def test_an_indentation_of_its_own(indent):
+    theirs = THEIRS.replace("    ", indent)
+    assert ("\n" + indent + "def one") in theirs
+    space = {}
+    exec(grade.graft(OURS, theirs, ["Model.one", "Model.two"]), space)
+    assert space["main"]() == (10, (os.path.sep, 3.141592653589793), "more")
+
+
 # A made-up project, and hand-ins that do what they should not
 
 HARMFUL = {  # the body of a function: what is said
@@ -128,6 +185,8 @@ def test_what_a_hand_in_does_costs_that_question_and_harms_nothing(made_up, tmp_
 
 
 @pytest.mark.parametrize("content,said", [(b"def f0(:", "line 1 is not Python"), (b"\xff", "not UTF-8"),
+                                          (b"x = " + b"-" * 100_000 + b"1", "nested too deeply"),
+                                          (b"x = 1\0", "null bytes"),
                                           (b"#" * 600_000, "larger than 500 kB"), (None, "is not there"),
                                           (b"f1 = 1", "no f0 any more")])
 def test_a_file_that_cannot_be_graded_is_a_line(content, said, made_up, tmp_path, monkeypatch):
@@ -144,6 +203,37 @@ def test_a_file_that_cannot_be_graded_is_a_line(content, said, made_up, tmp_path
     monkeypatch.setattr(grade, "prepare", prepare)
     (mark,) = made_up(["return 1"])
     assert mark["score"] == 0 and said in mark["output"] and "\n" not in mark["output"]
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_none_of_its_text(made_up, tmp_path, monkeypatch):
+    real = grade.prepare
+
+    def prepare(assignment, question, hand_in, folder):
+        text = (hand_in / "ones.py").read_bytes()
+        (hand_in / "ones.py").write_bytes(b"\xef\xbb\xbf" + text)
+        real(assignment, question, hand_in, folder)
+
+    monkeypatch.setattr(grade, "prepare", prepare)
+    assert [mark["score"] for mark in made_up(["return 1"])] == [2]
+
+
+@pytest.mark.parametrize("content", ["def f(:", "x = " + "-" * 100_000 + "1", None])
+def test_a_broken_file_costs_no_question_about_another(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, "HERE", tmp_path)
+    hand_in = tmp_path / "hand_in"
+    for folder in (tmp_path / "project", hand_in):
+        folder.mkdir()
+        for name in ("one.py", "two.py"):
+            (folder / name).write_text("import os\n\n\ndef f():\n    return 1\n")
+    (hand_in / "two.py").unlink()
+    if content:
+        (hand_in / "two.py").write_text(content)
+    assignment = {"hand_in": ["one.py", "two.py"], "seconds": 1, "imports": []}
+    grade.prepare(assignment, {"holes": {"one.py": ["f"], "two.py": []}, "runs": []}, hand_in, tmp_path / "a")
+    assert (tmp_path / "a" / "project" / "two.py").read_text() == (tmp_path / "project" / "two.py").read_text()
+    for question in ({"holes": {"one.py": [], "two.py": ["f"]}, "runs": []}, {"runs": []}):
+        with pytest.raises(grade.Unreadable):
+            grade.prepare(assignment, question, hand_in, tmp_path / f"b{len(question)}")
 
 
 # An assignment, live
@@ -263,7 +353,9 @@ def test_the_places_of_patches():
 
 @pytest.mark.parametrize("more,score,said", [
     ("", 1, "mistakes pass your tests"), (GOOD, 2, "3 of 10 mistakes pass your tests"),
-    ("\n\ndef test_no(): assert False\n", 0, "no: assert False")], ids=["starter", "better", "wrong"])
+    ("\n\ndef test_no(): assert False\n", 0, "no: assert False"),
+    ("\n\nseen = []\n\n\ndef test_again():\n    seen.append(1)\n    assert len(seen) == 1\n", 0,
+     "your tests fail on right code when they run again")], ids=["starter", "better", "wrong", "again"])
 def test_tests_of_students_are_marked_by_the_mistakes_they_find(more, score, said, tmp_path, monkeypatch):
     assignment = assign.read(9)
     assign.write_project(tmp_path / "grader" / "project")
