@@ -110,6 +110,8 @@ class Cka:
         self.batch = {}
 
     def record(self, networks):
+        if self.count == 0:
+            raise ValueError(f"CKA compares images with each other, and no batch has {self.fewest_images} whole ones")
         similarity = measures.cka(self.hsics / self.count)
         rows = {index: [i for i, place in enumerate(self.places) if place[0] == index]
                 for index in range(len(networks))}
@@ -171,6 +173,8 @@ class Frequency:
         curves = {place: total / self.counts[place] for place, total in self.sums.items()}
         relative = {place: curve - curve[0] for place, curve in curves.items()}
         highest = {place: curve[-1].item() if len(curve) > 1 else torch.nan for place, curve in relative.items()}
+        if all(len(curve) == 1 for curve in relative.values()):
+            raise ValueError("a map of one place has no frequency but 0: a larger --img_size or smaller patches have")
         title = "ln amplitude of the highest frequency, relative to frequency 0, by layer"
         return {"results": {title: by_layer(networks, highest)}, "curves": by_layer(networks, relative)}
 
@@ -185,10 +189,13 @@ STREAMED = {  # name: what makes an analysis
 
 
 def gather(networks, batches, analyses):
-    """Show all batches, uint8, to all networks; `analyses` add up what they see. One without attention adds no maps."""
+    """Show all batches, uint8, to all networks; `analyses` add up what they see. One without attention adds no maps.
+    Returns how many images there were."""
     of_maps = [analysis for analysis in analyses if analysis.of_maps]
     of_features = [analysis for analysis in analyses if not analysis.of_maps]
+    num_images = 0
     for imgs in batches:
+        num_images += len(imgs)
         for index, network in enumerate(networks):
             def take_maps(layer, maps, layout, index=index):
                 maps = measures.tokens_alone(maps, layout)
@@ -204,3 +211,4 @@ def gather(networks, batches, analyses):
                 network.encoder(normalize(imgs, network))
         for analysis in analyses:
             analysis.end_batch()
+    return num_images

@@ -4,7 +4,7 @@ import statistics
 
 import torch
 
-from common import figures
+from common import config, figures
 
 # Okabe & Ito, 2008: these, and the colour map, look different to all eyes.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
@@ -13,6 +13,11 @@ MAP = "cividis"
 
 def colour(i):
     return COLOURS[i % len(COLOURS)]
+
+
+def shown(name):
+    """A name as a figure shows it: a $ begins no formula, and a legend does not pass over what begins with _."""
+    return " " * name.startswith("_") + config.printable(name).replace("$", r"\$")
 
 
 def tidy(axis, title="", **labels):
@@ -60,7 +65,7 @@ def heads(path, record):
     save, axes = panels(len(record["heads"]), sharey=True)
     for i, (axis, (name, rows)) in enumerate(zip(axes, record["heads"].items(), strict=True)):
         dots(axis, rows, colour(i))
-        tidy(axis, title=name, xlabel="layer")
+        tidy(axis, title=shown(name), xlabel="layer")
     axes[0].set(ylabel=record["title"], ylim=(0, None))  # of all panels
     axes[0].legend(frameon=False, fontsize=8)
     save(path)
@@ -80,7 +85,7 @@ def cka(path, record):
                 continue
             matrix = matrices[name][other]
             extent = (0.5, len(matrix[0]) + 0.5, 0.5, len(matrix) + 0.5)
-            shown = axis.imshow(matrix, cmap=MAP, vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto")
+            drawn = axis.imshow(matrix, cmap=MAP, vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto")
             for ticks, count in ((axis.set_xticks, len(matrix[0])), (axis.set_yticks, len(matrix))):
                 ticks(range(1, count + 1, 1 + count // 13))
             if len(matrix) * len(matrix[0]) <= 36:  # there is room for numbers
@@ -88,17 +93,17 @@ def cka(path, record):
                     for x, value in enumerate(line):
                         shade = "white" if value < 0.5 else "black"
                         axis.text(x + 1, y + 1, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=7)
-            axis.set_xlabel(f"layer of {other}", fontsize=8)
-            axis.set_ylabel(f"layer of {name}", fontsize=8)
+            axis.set_xlabel(f"layer of {shown(other)}", fontsize=8)
+            axis.set_ylabel(f"layer of {shown(name)}", fontsize=8)
             axis.tick_params(labelsize=7)
-    figure.colorbar(shown, ax=axes, label="CKA", shrink=0.6)
+    figure.colorbar(drawn, ax=axes, label="CKA", shrink=0.6)
     save(path)
 
 
 def lines_by_layer(axis, tables, **labels):
     """A line for each network over its layers, and a dot for each seed."""
     for i, (name, rows) in enumerate(tables.items()):
-        axis.plot(*means_by_layer(rows), "-", color=colour(i), lw=1.4, label=name)
+        axis.plot(*means_by_layer(rows), "-", color=colour(i), lw=1.4, label=shown(name))
         for layer, values in rows.items():
             axis.plot([int(layer)] * len(values), values, "o", ms=3, color=colour(i), mec="none")
     layer_axis(axis, max(tables.values(), key=len))
@@ -121,7 +126,7 @@ def spectrum(path, record):
     for i, (name, rows) in enumerate(record["spectra"].items()):
         values = last_layer(rows)
         values = [value for value in values if value > 1e-10 * values[0]]  # not 0 but for rounding
-        left.plot(range(1, len(values) + 1), values, color=colour(i), lw=1.4, label=name)
+        left.plot(range(1, len(values) + 1), values, color=colour(i), lw=1.4, label=shown(name))
     tidy(left, title="last layer", xlabel="rank", ylabel="singular value of the covariance", yscale="log")
     [rows] = record["results"].values()
     lines_by_layer(right, rows, title="all layers", ylabel="effective rank")
@@ -135,7 +140,7 @@ def frequency(path, record):
         several = [seeds[0] for seeds in rows.values() if len(seeds[0]) > 1]
         if several:
             steps = [step / (len(several[-1]) - 1) for step in range(len(several[-1]))]
-            left.plot(steps, several[-1], ".-", color=colour(i), lw=1.4, label=name)
+            left.plot(steps, several[-1], ".-", color=colour(i), lw=1.4, label=shown(name))
     label = "ln amplitude, relative to 0"
     tidy(left, title="last layer with a map", xlabel="frequency, of the highest", ylabel=label)
     [rows] = record["results"].values()
@@ -153,7 +158,7 @@ def kernels(path, record):
         for row, (title, tables) in enumerate(record["kernels"].items()):
             axis = axes[row][column]
             dots(axis, tables[name], colour(column))
-            tidy(axis, title=name if row == 0 else "", xlabel="layer")
+            tidy(axis, title=shown(name) if row == 0 else "", xlabel="layer")
             axis.set_ylabel("" if column else title, fontsize=8)
         last = max(int(layer) for layer in record["profiles"][name])
         for layer, seeds in record["profiles"][name].items():
@@ -172,20 +177,22 @@ def attention(path, record, name, imgs):
     num_heads = min(12, len(maps[0][0]))  # more would be too small to see
     figure, save = figures.new_figure(1.1 * (1 + num_heads) + 0.4, 0.5 + 1.15 * len(maps) * len(queries) * H / W)
     axes = figure.subplots(len(maps) * len(queries), 1 + num_heads, squeeze=False)
-    extent = (0, W, H, 0)  # pixels
+    cell = record["cells"][name]
     for i, of_image in enumerate(maps):
         for q, of_query in enumerate(of_image):
             line = axes[i * len(queries) + q]
-            line[0].imshow(figures.as_picture(imgs[i]), cmap="gray", vmin=0, vmax=1, extent=extent)
+            line[0].imshow(figures.as_picture(imgs[i]), cmap="gray", vmin=0, vmax=1, extent=(0, W, H, 0))
             for head, values in enumerate(of_query[:num_heads]):
-                shown = torch.tensor([[torch.nan if value is None else value for value in row] for row in values])
-                line[1 + head].imshow(shown.numpy(), cmap=MAP, extent=extent, interpolation="nearest")
+                raster = torch.tensor([[torch.nan if value is None else value for value in row] for row in values])
+                rows, columns = raster.shape
+                extent = (0, columns * cell, rows * cell, 0)  # pixels; the last places may reach beyond the image
+                line[1 + head].imshow(raster.numpy(), cmap=MAP, extent=extent, interpolation="nearest")
             for axis in line:
                 axis.plot(queries[q][1], queries[q][0], "+", color="#d55e00", ms=8, mew=2)
                 axis.set(xticks=[], yticks=[], xlim=(0, W), ylim=(H, 0))
     for head in range(num_heads):
         axes[0][1 + head].set_title(f"head {head + 1}", fontsize=8)
-    figure.suptitle(f"{name}, layer: {record['layer']}; attention of the patch at the cross", fontsize=9)
+    figure.suptitle(f"{shown(name)}, layer: {record['layer']}; attention of the patch at the cross", fontsize=9)
     save(path)
 
 
@@ -211,7 +218,8 @@ def drop(path, record):
         for i, (name, cells) in enumerate(rows.items()):
             known = {column: [value for value in values if value is not None] for column, values in cells.items()}
             plain = {int(column.split()[0]): values for column, values in known.items() if "shuffled" not in column}
-            axis.plot(list(plain), [statistics.mean(v) for v in plain.values()], "-", color=colour(i), label=name)
+            means = [statistics.mean(values) for values in plain.values()]
+            axis.plot(list(plain), means, "-", color=colour(i), label=shown(name))
             for column, values in known.items():
                 fill = "none" if "shuffled" in column else colour(i)
                 x = int(column.split()[0]) + (0.1 if "shuffled" in column else 0)
@@ -230,7 +238,7 @@ def curves(path, record):
         for i, (name, points) in enumerate(rows.items()):
             if points:
                 axis.plot(*zip(*points, strict=True), "-" if len(points) > 1 else "o", lw=1.2, color=colour(i),
-                          label=name)
+                          label=shown(name))
         tidy(axis, title=title, xlabel="step")
         axis.legend(frameon=False, fontsize=8)
     save(path)

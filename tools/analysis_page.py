@@ -1,7 +1,8 @@
 """The page that gathers what analyze.py has written into a folder: OUT/index.html, which needs no network."""
 
 import html
-import json
+
+from tools import runner
 
 # name: (heading, what is shown, what the paper found). No sentence says that our networks show the same.
 TEXTS = {
@@ -107,9 +108,13 @@ def about(record):
 
 
 def write(out, notes=()):
-    """OUT/index.html of every OUT/NAME.json; `notes`: lines on what was left out. Returns its path."""
+    """OUT/index.html of every OUT/NAME.json; `notes`: lines on what was left out. Returns its path. ValueError or
+    OSError if one of them is damaged."""
     paths = {name: out / f"{name}.json" for name in TEXTS}
-    records = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    records = {name: runner.read_json(path) for name, path in paths.items() if path.exists()}
+    for name, record in records.items():
+        if not isinstance(record, dict) or not {"commit", "date"} <= record.keys():
+            raise ValueError(f"{paths[name]} is none of analyze.py: remove it, or make it anew")
     links = " ".join(f'<a href="#{name}">{html.escape(TEXTS[name][0])}</a>' for name in records)
     lines = list(dict.fromkeys(line for line in map(about, records.values()) if line))
     lines += [html.escape(f"left out: {note}") for note in notes]
@@ -134,5 +139,5 @@ see; one of random weights is the control.</p>
 {sections}
 </body>
 </html>
-""")
+""", encoding="utf-8", errors="xmlcharrefreplace")
     return path

@@ -16,6 +16,7 @@ docs/analysis.md.
 """
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -62,8 +63,10 @@ def look(args, names):
     H, W = found[0].encoder.arch["img_size"]
     described = ", ".join(f"{network.name} ({network.source})" if network.name != network.source else network.name
                           for network in found)
-    about = {"data": Path(args.data).name, "split": args.split, "images": args.images, "image size": f"{H}x{W}",
+    about = {"data": Path(args.data).name, "split": args.split, "image size": f"{H}x{W}",
              "networks": described}
+    if "attention" in names:
+        look_at_queries(args, with_maps, about)
 
     streamed = {name: analyses.STREAMED[name]() for name in names if name in analyses.STREAMED}
     if streamed:
@@ -72,18 +75,29 @@ def look(args, names):
         if min(count, args.batch_size) < fewest:
             raise ValueError(f"{args.name} compares images with each other and needs {fewest} in a batch: there are "
                              f"{count} images, and --batch_size is {args.batch_size}")
-        analyses.gather(found, batches, list(streamed.values()))
+        num_images = analyses.gather(found, batches, list(streamed.values()))
         for name, analysis in streamed.items():
-            save_and_draw(args, name, analysis.record(found), analysis_figures.DRAW[name], **about)
+            with noted(notes, name, args):
+                record = analysis.record(found)
+                save_and_draw(args, name, record, analysis_figures.DRAW[name], **about, images=num_images)
 
     if "kernels" in names:
         if len(names) == 1 or any(snapshots.large_kernels(network.encoder) for network in found):
             save_and_draw(args, "kernels", snapshots.kernels(found), analysis_figures.kernels, networks=described)
         else:
             notes.append("kernels: no network has convolutions above 3x3 that overlap")
-    if "attention" in names:
-        look_at_queries(args, with_maps, about)
     return notes
+
+
+@contextlib.contextmanager
+def noted(notes, name, args):
+    """What keeps one analysis of `all` from being made is a line in `notes`."""
+    try:
+        yield
+    except ValueError as error:
+        if args.name != "all":
+            raise
+        notes.append(f"{name}: {error}")
 
 
 def look_at_queries(args, found, about):
@@ -96,7 +110,7 @@ def look_at_queries(args, found, about):
         raise ValueError(f"--data {args.data}: none of {count} images can be read")
     record = snapshots.attention(found, imgs, args.queries, args.layer)
     paths = {name: f"attention_{i + 1}.png" for i, name in enumerate(record["maps"])}
-    save(args, "attention", {**record, "figures": list(paths.values()) * figures.can_draw()}, **about)
+    save(args, "attention", {**record, "figures": list(paths.values()) * figures.can_draw()}, **about, images=len(imgs))
     if figures.can_draw():
         for name, path in paths.items():
             analysis_figures.attention(args.out / path, record, name, imgs.cpu() / 255)
@@ -119,7 +133,8 @@ def hog(args, size):
 def runs_with_logs(words):
     """([NAME=]FOLDER, ...) -> {name: folder} of those that hold a log, and lines on the others. ValueError if none
     does."""
-    runs = {name or Path(folder).name: Path(folder) for name, _, folder in (word.rpartition("=") for word in words)}
+    pairs = [networks.split_name(word) for word in words]
+    runs = run_analyses.numbered((name or Path(path).absolute().name, Path(path)) for name, path in pairs)
     logged = {name: folder for name, folder in runs.items() if (folder / "log.jsonl").exists()}
     notes = [f"{runs[name]}, which holds no log.jsonl" for name in runs if name not in logged]
     if not logged:
@@ -130,12 +145,17 @@ def runs_with_logs(words):
 def curves(args, runs):
     save_and_draw(args, "curves", run_analyses.curves(runs), analysis_figures.curves)
     table = as_markdown(args.out / "curves.json")
-    (args.out / "curves.md").write_text(table + "\n")
-    print(table)
+    (args.out / "curves.md").write_text(table + "\n", encoding="utf-8")
+    config.print_once(table)
 
 
 def drop(args):
     """Train through the queue of runner.py, and write each number as soon as it is known."""
+    for name in ("seeds", "drops", "tasks"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is empty: nothing would be trained")
+    if unknown := set(args.tasks) - run_analyses.TASKS.keys():
+        raise ValueError(f"--tasks are of {', '.join(run_analyses.TASKS)}, not {min(unknown)}")
     encoders = {}
     for network in networks.open_networks(args.checkpoints, (0, 0), args.seed):
         if network.source.startswith("torchvision:"):
@@ -152,30 +172,24 @@ def drop(args):
     cells = run_analyses.drop_cells(encoders, args.drops, args.shuffled, args.tasks, args.seeds, args.data, args.out)
     record = runner.measure("drop", cells, args.out / "drop.json", args.jobs)
     save_and_draw(args, "drop", record, analysis_figures.drop)
-    print(as_markdown(args.out / "drop.json"))
+    config.print_once(as_markdown(args.out / "drop.json"))
 
 
 # ---------------------------------------- Command line
 
 def everything(args):
     """All that only looks. Returns lines on what was left out."""
+    avgdist(args)  # ahead of what takes long: its options may not fit
     notes = look(args, [*analyses.STREAMED, "kernels", "attention"])
-    avgdist(args)
-    try:
-        args.images = min(args.images, 64)
+    args.images = min(args.images, 64)
+    with noted(notes, "hog", args):  # images of another kind
         hog(args, args.size or 224)
-    except ValueError as error:  # images of another kind
-        notes.append(f"hog: {error}")
-    files = [word for word in args.checkpoints if (run_of(word)[1] / "log.jsonl").exists()]
-    if files:
-        curves(args, dict(map(run_of, files)))
+    found = [(name, Path(source)) for name, source, _ in map(networks.named, args.checkpoints)]
+    runs = [(name, path.parent) for name, path in found if path.is_file() and (path.parent / "log.jsonl").exists()]
+    if runs:
+        with noted(notes, "curves", args):
+            curves(args, run_analyses.numbered(runs))
     return notes
-
-
-def run_of(word):
-    """(name, folder) of the run that wrote a checkpoint."""
-    name, source, _ = networks.named(word)
-    return name, Path(source).parent
 
 
 def pairs(text):
@@ -190,7 +204,7 @@ def size(name):
 OPTIONS = {  # option: arguments of argparse
     "--checkpoints": dict(nargs="+", required=True, metavar="[NAME=]PATH", help="files, torchvision:NAME, random"),
     "--data": dict(default="shapes", help="shapes, cifar10, or a folder of images"),
-    "--split": dict(default="val", help="train, val or test"),
+    "--split": dict(default="val", choices=["train", "val", "test"], help="of --data"),
     "--images": dict(type=int, default=512, help="how many of them"),
     "--batch_size": dict(type=int, default=64, help="images at once; CKA compares those of a batch"),
     "--img_size": dict(type=size("img_size"), default=(0, 0), metavar="HxW", help="pixels; 0 as in the checkpoints"),
@@ -238,7 +252,10 @@ def parse(words):
 def main(argv=None):
     args = parse([str(word) for word in (sys.argv[1:] if argv is None else argv)])
     with config.user_errors():
-        config.in_range(args, **{name: "[1, inf)" for name in ("images", "batch_size", "pictures") if name in args})
+        least_one = ("images", "batch_size", "pictures", "unit", "masks")
+        config.in_range(args, **{name: "[1, inf)" for name in least_one if name in args})
+        if getattr(args, "device", "") == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda, but torch sees no GPU; --device cpu runs everywhere")
         args.out.mkdir(parents=True, exist_ok=True)
         notes = []
         if args.name == "all":
@@ -256,8 +273,8 @@ def main(argv=None):
             notes = look(args, [args.name])
         page = analysis_page.write(args.out, notes)
     for note in notes:
-        print(f"left out: {note}")
-    print(f"page: {page}")
+        config.print_once(f"left out: {note}")
+    config.print_once(f"page: {page}")
 
 
 if __name__ == "__main__":

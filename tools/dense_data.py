@@ -66,7 +66,8 @@ class DenseFolder(images.Folder):
         train = Path(root) / "train" / "images"
         if not value_range and split != "train" and train.is_dir():
             value_range = images.first_range(train)
-        super().__init__(Path(root) / split / "images", "all", in_chans, value_range=value_range)
+        # No split: whatever lies below images/ is an image, in a folder or not.
+        super().__init__(Path(root) / split / "images", "", in_chans, value_range=value_range)
         self.task, self.depth_scale, self.unknown, self.renamed = task, depth_scale, unknown, renamed or {}
         self.classes = read_classes(Path(root) / "classes.txt") if task == "segment" else None
         if missing := [path for path in map(self.label_path, range(len(self))) if not path.exists()]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
+import data
 import fastmim
 from common import figures, layers, transforms
 from tools.analysis_figures import MAP, colour, panels, tidy
@@ -144,19 +145,25 @@ def sizes_below(full):
 
 
 def stability(source, full, count, seed=0):
-    """The record of `count` images of a source, evenly spaced, at `full` pixels. ValueError for other sizes."""
+    """The record of `count` images of a source, evenly spaced, at `full` pixels, without those that are broken.
+    ValueError for other sizes."""
     if full % 16 or full < 48 or count < 1:
         raise ValueError(f"--size takes a multiple of 16 from 48 on, --images 1 or more, not {full} and {count}")
     count = min(count, len(source))
     crop = transforms.CentreCrop((full, full), v2.InterpolationMode.BICUBIC)
-    imgs = torch.stack([crop(source.load(i * len(source) // count)[0]) for i in range(count)]) / 255  # (B, 3, H, H)
+    dataset = data.Images(source, crop, seed, substitutes=0)
+    indices = [i * len(source) // count for i in range(count)]
+    whole = [imgs for imgs, _, _ in data.loader(dataset, [[(0, i, i)] for i in indices])]  # each uint8 (1, 3, H, H)
+    if not whole:
+        raise ValueError(f"none of {count} images can be read")
+    imgs = torch.cat(whole) / 255  # (B, 3, H, H)
     tables = {}
     for side in sizes_below(full):
         tables |= at_another_size(imgs, side)
     tables |= with_noise(imgs, seed)
     results = {title: {row: {column: [float(f"{number:.4g}")] for column, number in cells.items()}
                        for row, cells in rows.items()} for title, rows in tables.items()}
-    return {"results": results, "sizes": sizes_below(full), "full_size": full, "images": count}
+    return {"results": results, "sizes": sizes_below(full), "full_size": full, "images": len(imgs)}
 
 
 def draw(path, record):

@@ -16,19 +16,34 @@ CURVES = {"loss": "loss", "k-NN top-1, per cent": "knn_top1", "top-1, per cent":
 def read_log(folder):
     """The lines of a run's log.jsonl. ValueError or OSError if it is none."""
     try:
-        return [json.loads(line) for line in read_text(folder / "log.jsonl").splitlines()]
+        lines = [json.loads(line) for line in read_text(folder / "log.jsonl").splitlines()]
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{folder / 'log.jsonl'} is no log of a run: {error}") from error
+    if not all(isinstance(line, dict) and "step" in line for line in lines):
+        raise ValueError(f"{folder / 'log.jsonl'} is no log of a run: a line without a step")
+    return lines
+
+
+def numbered(runs):
+    """[(name, folder)] -> {name: folder}: of one name, the second is called `name (2)`."""
+    found = {}
+    for name, folder in runs:
+        nth, own = 1, name
+        while own in found:
+            nth += 1
+            own = f"{name} ({nth})"
+        found[own] = folder
+    return found
 
 
 def curves(runs):
     """What the logs of runs {name: folder} hold: {title: {run: [[step, value], ...]}}, and a table of last
-    values, those of result.json where there is one."""
+    values, those of result.json where there is one. ValueError if there is nothing to draw."""
     found, table = {title: {} for title in CURVES}, {}
     for name, folder in runs.items():
         lines, result = read_log(folder), {}
         if (folder / "result.json").exists():
-            result = json.loads(read_text(folder / "result.json"))
+            result = runner.read_json(folder / "result.json")
         row = table.setdefault(name, {})
         for title, key in {**CURVES, "images per second": "images_per_s"}.items():
             points = [[line["step"], line[key]] for line in lines if key in line]
@@ -36,6 +51,8 @@ def curves(runs):
                 found[title][name] = points
             if points or key in result:
                 row[title] = [result[key] if key in result else points[-1][1]]
+    if not any(found.values()):
+        raise ValueError(f"nothing to draw: no loss and no accuracy in {', '.join(map(str, runs.values()))}")
     return {"results": {"last value of each run": table}, "curves": found}
 
 

@@ -30,6 +30,7 @@ import mae
 import simmim
 import um_mae
 from common import config
+from common.folder import read_text
 from tools import convert, dense
 
 SCRIPTS = {"mae.py": mae, "simmim.py": simmim, "um_mae.py": um_mae, "fastmim.py": fastmim, "lut.py": lut,
@@ -169,6 +170,14 @@ def new_record(what, commands, seeds, threads=1, **more):
 def write(path, record):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_json(path):
+    """What a JSON file holds. ValueError, which names the file, if it is damaged."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def measure(what, cells, path, workers, folders=None):

@@ -73,17 +73,19 @@ def raster_of(maps, layout, window, size):
 
 
 def attention_of(network, imgs, queries, layer):
-    """{(image, query): maps (heads, rows, columns)} of an attention layer, -1 for the last, for imgs uint8 (B, C, H,
-    W). queries [(row, column)] in pixels: each is the token whose centre is nearest."""
-    size, found = network.encoder.arch["img_size"], {}
+    """({(image, query): maps (heads, rows, columns)}, side in pixels of a place in them) of an attention layer, -1 for
+    the last, for imgs uint8 (B, C, H, W). queries [(row, column)] in pixels: each is the token whose centre is nearest.
+    """
+    size, found, cells = network.encoder.arch["img_size"], {}, []
     count = len(attentions_of(network.encoder))
-    if not -count <= layer < count:
-        raise ValueError(f"--layer {layer + 1}: {network.name} has {count} attention layers")
+    if not -1 <= layer < count:
+        raise ValueError(f"--layer {layer + 1}: {network.name} has {count} attention layers, from 1 on; 0 is the last")
 
     def take(number, maps, layout):
         if number != layer % count:
             return
         maps = measures.tokens_alone(maps, layout)
+        cells.append(layout.cell)
         for i in range(len(imgs)):
             for q, query in enumerate(queries):
                 away = (layout.queries - torch.tensor(query)).norm(dim=2)  # (W, n)
@@ -93,7 +95,7 @@ def attention_of(network, imgs, queries, layer):
 
     with torch.no_grad(), Watch(network.encoder, on_maps=take):
         network.encoder(transforms.normalize(imgs, network))
-    return found
+    return found, cells[0]
 
 
 def attention(networks, imgs, queries, layer):
@@ -103,12 +105,12 @@ def attention(networks, imgs, queries, layer):
     queries = queries or [(size[0] / 2, size[1] / 2), (size[0] / 8, size[1] / 8)]
     if any(not 0 <= n < side for query in queries for n, side in zip(query, size, strict=True)):
         raise ValueError(f"--queries are row,column in pixels of images of {size[0]}x{size[1]}, not {queries}")
-    maps = {}
+    maps, cells = {}, {}
     for network in networks:
         if network.name not in maps:
-            found = attention_of(network, imgs, queries, layer - 1)
+            found, cells[network.name] = attention_of(network, imgs, queries, layer - 1)
             maps[network.name] = [[rounded(found[i, q]) for q in range(len(queries))] for i in range(len(imgs))]
-    return {"results": {}, "queries": queries, "layer": layer or "last", "maps": maps}
+    return {"results": {}, "queries": queries, "layer": layer or "last", "cells": cells, "maps": maps}
 
 
 # ---------------------------------------- Masks
@@ -116,9 +118,8 @@ def attention(networks, imgs, queries, layer):
 
 def avgdist(size, unit, count, seed):
     """AvgDist of the four strategies of UM-MAE (3.2), which all keep a quarter of the units: `count` masks each."""
-    if min(size) < 2 * unit or any(side % (2 * unit) for side in size) or count < 1:
-        raise ValueError(f"--img_size {size[0]}x{size[1]} must be divisible by 2 x --unit, not by {unit} alone, and "
-                         "--masks be 1 or more")
+    if min(size) < 2 * unit or any(side % (2 * unit) for side in size):
+        raise ValueError(f"--mask_size {size[0]}x{size[1]} must be divisible by 2 x --unit, not by {unit} alone")
     grid = (size[0] // unit, size[1] // unit)
     num_units = grid[0] * grid[1]
     draws = noise(seed, 0, count, 2 * num_units)

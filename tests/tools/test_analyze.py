@@ -16,7 +16,7 @@ from PIL import Image
 
 import models
 from common import checkpoint, config, transforms, weights
-from tools import analyses, analyze, measures, networks, tables
+from tools import analyses, analysis_figures, analyze, measures, networks, snapshots, tables
 from tools.attention_maps import Watch
 
 
@@ -285,6 +285,24 @@ def test_what_a_window_does_not_hold_is_blank(call, folder, tmp_path):
     assert seen == [(i, j) for i in range(8, 12) for j in range(8, 12)]
 
 
+def test_places_lie_where_they_are_in_the_image(monkeypatch, tmp_path):
+    """Of 40 pixels, 32 do not go into: the second place of the last stage of a pyramid reaches beyond the image."""
+    torch.manual_seed(0)
+    network = networks.Network("swin", "swin", models.build("swin_tiny", (40, 40)).eval())
+    imgs = torch.zeros(1, 3, 40, 40, dtype=torch.uint8)
+    record = snapshots.attention([network], imgs, [(20, 20)], 0)
+    side = len(record["maps"]["swin"][0][0][0])
+    cell = record["cells"]["swin"]
+    assert (side - 1) * cell < 40 < side * cell
+    figures_made = []
+    real = analysis_figures.figures.new_figure
+    monkeypatch.setattr(analysis_figures.figures, "new_figure",
+                        lambda *size: figures_made.append(real(*size)) or figures_made[-1])
+    analysis_figures.attention(tmp_path / "a.png", record, "swin", imgs / 255)
+    image, head = [axis.images[0].get_extent() for axis in figures_made[0][0].axes[:2]]
+    assert image == [0, 40, 40, 0] and head == [0, side * cell, side * cell, 0]
+
+
 def test_kernels(call, tmp_path):
     analyse(call, "kernels", "--checkpoints", "torchvision:convnext_tiny", "random", "--img_size", 64, out=tmp_path)
     record = record_of(tmp_path, "kernels")
@@ -317,6 +335,23 @@ def test_curves(call, tmp_path):
     table = (tmp_path / "curves.md").read_text()
     assert "| mae | 1.00 | 30.0 | 5.00 |" in table and "| tuned | 0.500 |" in table and "61.5" in table
     assert table.strip() in done.out
+
+
+def test_runs_of_one_name_are_told_apart(call, encoders, folder, tmp_path):
+    """As seeds are, and folders such as a/mae and b/mae; a path with = is a path."""
+    runs = [tmp_path / "a" / "mae", tmp_path / "b" / "mae", tmp_path / "lr=1"]
+    for i, path in enumerate(runs):
+        path.mkdir(parents=True)
+        (path / "log.jsonl").write_text(json.dumps({"step": 10, "loss": i}))
+        (path / "encoder.pt").write_bytes(encoders["vit"].read_bytes())
+    analyse(call, "curves", "--runs", *runs, f"MAE={runs[2]}", out=tmp_path / "out")
+    assert record_of(tmp_path / "out", "curves")["curves"]["loss"] == {
+        "mae": [[10, 0]], "mae (2)": [[10, 1]], "lr=1": [[10, 2]], "MAE": [[10, 2]]}
+    seeds = [f"MAE={path / 'encoder.pt'}" for path in runs]
+    analyse(call, "all", "--checkpoints", *seeds, "--data", folder, "--images", 4, "--size", 48, "--masks", 1,
+            out=tmp_path / "all")
+    assert record_of(tmp_path / "all", "curves")["curves"]["loss"] == {
+        "MAE": [[10, 0]], "MAE (2)": [[10, 1]], "MAE (3)": [[10, 2]]}
 
 
 def test_drop(call, encoders, made_up, tmp_path):
@@ -396,11 +431,62 @@ def test_images_of_several_sizes_and_broken_ones(call, encoders, tmp_path):
     (tmp_path / "images" / "2.png").write_bytes(b"no picture")
     done = call(analyze.main, ["kl", *words])
     assert done.code == 0 and "left out a broken image" in done.err and "2.png" in done.err
+    assert record_of(tmp_path / "out", "kl")["about"]["images"] == 2
+    analyse(call, "hog", "--data", tmp_path / "images", "--size", 48, out=tmp_path / "out")
+    assert record_of(tmp_path / "out", "hog")["images"] == 2
+    analyse(call, "attention", *words[:-2], out=tmp_path / "out")
+    assert record_of(tmp_path / "out", "attention")["about"]["images"] in (1, 2)
+    assert "images: 2" in (tmp_path / "out" / "index.html").read_text()
+    paint(tmp_path / "four" / "0.png", 0)
+    paint(tmp_path / "four" / "1.png", 1)
+    paint(tmp_path / "four" / "2.png", 2)
+    (tmp_path / "four" / "3.png").write_bytes(b"no picture")
+    done = call(analyze.main, ["cka", *words[:2], "--data", tmp_path / "four", "--out", tmp_path / "out"])
+    assert done.code == 2 and "no batch has 4 whole ones" in done.err.splitlines()[-1]
     for i in range(2):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"no picture")
     done = call(analyze.main, ["kl", *words])
     assert done.code == 2 and "3 of 3 images are broken" in done.err.splitlines()[-1]
     assert "/no/such" in fails(call, "kl", "--checkpoints", encoders["vit"], "--data", "/no/such", "--out", tmp_path)
+
+
+def test_a_map_of_one_place(call, folder, tmp_path):
+    """It has no frequencies, and all the rest is made."""
+    torch.manual_seed(0)
+    encoder = models.build("vit_tiny", (16, 16), 16)
+    checkpoint.write(tmp_path / "one.pt", {"arch": config.to_plain(encoder.arch), "model": encoder.state_dict(),
+                                           "method": "MAE", "step": 3})
+    words = ["--checkpoints", tmp_path / "one.pt", "--data", folder, "--images", 4]
+    assert "a map of one place" in fails(call, "frequency", *words, "--out", tmp_path)
+    done = analyse(call, "all", *words, "--size", 48, "--masks", 1, out=tmp_path)
+    assert "left out: frequency: a map of one place" in done.out and (tmp_path / "spectrum.png").exists()
+
+
+@pytest.mark.parametrize("content,said", [("{", "kl.json is no JSON"), ("[]", "kl.json is none of analyze.py")])
+def test_a_damaged_file_beside_is_named(content, said, call, tmp_path):
+    (tmp_path / "kl.json").write_text(content)
+    assert said in fails(call, "avgdist", "--masks", 1, "--out", tmp_path)
+
+
+def test_names_are_drawn_as_they_are(call, encoders, folder, tmp_path, monkeypatch):
+    """matplotlib would take $\\foo$ for a formula, and leave _ours out of a legend."""
+    texts = []
+    real = analysis_figures.figures.new_figure
+
+    def new_figure(*size):
+        figure, save = real(*size)
+
+        def save_and_read(path):
+            save(path)
+            legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+            texts.extend(text.get_text() for legend in legends for text in legend.get_texts())
+        return figure, save_and_read
+
+    monkeypatch.setattr(analysis_figures.figures, "new_figure", new_figure)
+    named = [f"$\\foo$ $={encoders['vit']}", f"_ours={encoders['other']}"]
+    for name in ("kl", "cka", "spectrum", "frequency", "attention"):
+        analyse(call, name, "--checkpoints", *named, "--data", folder, "--images", 4, out=tmp_path)
+    assert texts.count(" _ours") == 2 and texts.count("\\$\\foo\\$ \\$") == 2
 
 
 @pytest.mark.parametrize("words", [["--size", 100], ["--size", 16], ["--size", 0]])
@@ -411,9 +497,28 @@ def test_sizes_that_make_no_measure(words, call, folder, tmp_path):
 def test_other_nonsense(call, encoders, folder, tmp_path):
     out = ["--out", tmp_path]
     vit = ["--checkpoints", encoders["vit"], "--data", folder]
-    assert "--layer 7: vit has 4" in fails(call, "attention", *vit, "--layer", 7, *out)
+    for layer in (7, -1):
+        assert f"--layer {layer}: vit has 4" in fails(call, "attention", *vit, "--layer", layer, *out)
     assert "--queries" in fails(call, "attention", *vit, "--queries", "3,99", *out)
-    assert "divisible by 2 x --unit" in fails(call, "avgdist", "--mask_size", 40, *out)
+    assert "--mask_size 40x40 must be divisible by 2 x --unit" in fails(call, "avgdist", "--mask_size", 40, *out)
+    assert "--unit must be 1 or more" in fails(call, "avgdist", "--unit", 0, *out)
+    assert "--unit must be 1 or more" in fails(call, "avgdist", "--unit", -16, *out)
+    assert "--masks must be 1 or more" in fails(call, "avgdist", "--masks", 0, *out)
+    assert "--mask_size 100x100" in fails(call, "all", *vit, "--mask_size", 100, *out)
+    assert not list(tmp_path.glob("*.json"))  # said ahead of what takes long
+    assert "invalid choice: 'foo'" in call(analyze.main, ["kl", *vit, "--split", "foo", *out]).err
     assert "log.jsonl" in fails(call, "curves", "--runs", tmp_path, *out)
+    for text, said in (("", "nothing to draw"), ("[1]", "without a step"), ("[", "no log of a run")):
+        (tmp_path / "log.jsonl").write_text(text)
+        assert said in fails(call, "curves", "--runs", tmp_path, *out)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1}')
+    (tmp_path / "result.json").write_text("[" * 100_000)
+    assert "result.json is no JSON" in fails(call, "curves", "--runs", tmp_path, *out)
+    for option, said in (("--tasks", "--tasks is empty"), ("--seeds", "--seeds is empty"),
+                         ("--drops", "--drops is empty")):
+        assert said in fails(call, "drop", *vit[:2], option, "", *out)
+    assert "keypoints, not foo" in fails(call, "drop", *vit[:2], "--tasks", "depth foo", *out)
     assert "none of" in fails(call, "kernels", "--checkpoints", encoders["vit"], *out)
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU" in fails(call, "kl", *vit, "--device", "cuda", *out)
     assert "drop knows ViT" in fails(call, "drop", "--checkpoints", "torchvision:convnext_tiny", *out)

@@ -1,6 +1,7 @@
 """dense.py, dense_data.py, dense_tasks.py: maps, labels that move with images, losses, scores, and what is refused."""
 
 import json
+import os
 import math
 import re
 import shutil
@@ -223,6 +224,21 @@ def test_folder_of_class_maps(folders):
     assert val.source.classes == NAMES and imgs.dtype == torch.uint8 and labels.dtype == torch.int64
     for i in range(5):
         assert np.array_equal(labels[i].numpy(), scene(folders["segment"], "val", i)[0])
+
+
+def test_a_folder_below_images_is_no_split(folders, tmp_path):
+    """Whatever it is called, its labels lie in a folder of its name."""
+    root = shutil.copytree(folders["segment"], tmp_path / "nested")
+    for kind in ("images", "labels"):
+        (root / "val" / kind / "all").mkdir()
+        for path in sorted((root / "val" / kind).glob("[01].*")):
+            path.rename(path.parent / "all" / path.name)
+    source = dense_data.DenseFolder(root, "val", "segment")
+    assert sorted(map(os.fsdecode, source.paths))[-1].startswith("all/") and len(source) == 5
+    before = dense_data.DenseFolder(folders["segment"], "val", "segment")
+    for i in range(5):
+        other = [os.path.basename(path) for path in source.paths].index(before.paths[i])
+        assert torch.equal(source.load(other)[0][1], before.load(i)[0][1])
 
 
 def test_folder_of_depth_maps(folders, tmp_path):

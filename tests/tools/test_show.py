@@ -1,7 +1,9 @@
 """show.py: reconstructions, classes and attention of image files, the picture of a confusion, and one line about what
 is wrong."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -246,6 +248,20 @@ def test_networks_and_queries_without_attention(last, call, folder, tmp_path):
     one_line(fails("--init", last["mae"], "--img_size", 32), "--img_size", "images of 16x16")
     one_line(fails("--init", last["mae"], "--mask_ratio", 0.5), "--mask_ratio is nothing that --attention")
     one_line(fails("--init", tmp_path / "nowhere.pt"), "nowhere.pt")
+
+
+@pytest.mark.parametrize("kind", ["attention", "reconstruction", "confusion"])
+def test_a_path_that_the_terminal_cannot_show(kind, last, call, folder, tmp_path, run, monkeypatch):
+    """It is escaped, and the picture is there."""
+    out = tmp_path / "\u00e4.png"
+    words = [folder / "val" / "ant" / "0.png", "--init", last["mae"], *["--attention"] * (kind == "attention")]
+    if kind == "confusion":
+        words = ["--confusion", run / "result.json"]
+    shown = io.BytesIO()
+    with io.TextIOWrapper(shown, "ascii", write_through=True) as ascii_alone:
+        monkeypatch.setattr(sys, "stdout", ascii_alone)
+        done = call(show.main, [*words, "--out", out])
+        assert done.code == 0 and out.exists() and rb"\xe4.png" in shown.getvalue(), (done.err, shown.getvalue())
 
 
 # Classes
