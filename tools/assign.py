@@ -292,7 +292,7 @@ def main(argv=None):
     with config.user_errors():
         out = args.out / f"{args.number:02d}"
         assignment = build(args.number, out)
-        print(f"{out}: {assignment['title']}. student/ is for students; gradescope.zip and instructor.md are not")
+        config.print_once(f"{out}: {assignment['title']}. student/ is for students, the rest is not")
 
 
 if __name__ == "__main__":

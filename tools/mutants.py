@@ -192,7 +192,7 @@ def main(argv=None):
     pytest.main(["-s", "-p", "no:cacheprovider", "-p", "no:terminal", *files], plugins=[trying])
     if trying.errors:
         config.fail("; ".join(trying.errors))
-    print(f"\n{summary(trying.found)}\n\nnumbers  {args.json}")
+    config.print_once(f"\n{summary(trying.found)}\n\nnumbers  {args.json}")
 
 
 if __name__ == "__main__":

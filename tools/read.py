@@ -258,7 +258,7 @@ def main(argv=None):
         if not chosen <= METHODS.keys() or len(chosen) < 2:
             raise ValueError(f"--methods {' '.join(args.methods)}: give two to five of {', '.join(METHODS)}")
         path = write(args.out, [name for name in METHODS if name in chosen])
-        print(f"written: {path}; open it in a browser")
+        config.print_once(f"written: {path}; open it in a browser")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """dense.py, dense_data.py, dense_tasks.py: maps, labels that move with images, losses, scores, and what is refused."""
 
 import json
-import os
 import math
+import os
 import re
 import shutil
 import signal
