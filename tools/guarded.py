@@ -23,8 +23,11 @@ REFUSED = 97  # exit code of a process that tried what it must not
 
 NEVER = {"os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.posix_spawn", "os.spawn", "os.startfile",
          "os.system", "pty.spawn", "signal.pthread_kill", "socket.bind", "socket.connect", "subprocess.Popen"}
-CHANGES = {"os.chmod": 1, "os.chown": 1, "os.link": 2, "os.mkdir": 1, "os.remove": 1, "os.rename": 2, "os.rmdir": 1,
-           "os.symlink": 2, "os.truncate": 1, "os.utime": 1, "shutil.move": 2, "shutil.rmtree": 1}  # number of paths
+# Events, and where among their arguments a path stands, and the open folder in which it begins if it is relative
+CHANGES = {"open": [(0, None)], "os.chmod": [(0, 2)], "os.chown": [(0, 3)], "os.link": [(0, 2), (1, 3)],
+           "os.mkdir": [(0, 2)], "os.remove": [(0, 1)], "os.rename": [(0, 2), (1, 3)], "os.rmdir": [(0, 1)],
+           "os.symlink": [(0, None), (1, 2)], "os.truncate": [(0, None)], "os.utime": [(0, 3)],
+           "shutil.move": [(0, None), (1, None)], "shutil.rmtree": [(0, 1)]}
 
 
 def guard(folder, seconds):
@@ -46,14 +49,24 @@ def guard(folder, seconds):
     def hook(event, args):
         if event in NEVER:
             refuse(event)
-        paths = args[: CHANGES.get(event, 0)]
-        if event == "open" and args[2] & writes:
-            paths = args[:1]
-        for path in paths:
-            if isinstance(path, (str, bytes, os.PathLike)) and os.fspath(path) != os.devnull:
-                full = os.path.realpath(os.fsdecode(path))
-                if os.path.commonpath([full, allowed]) != allowed:
-                    refuse(event, full)
+        for place, folder_place in CHANGES.get(event, []):
+            path, folder = args[place], args[folder_place] if folder_place in range(len(args)) else None
+            if isinstance(path, int):  # of a file that is open; where it is written, it was opened for that
+                if event in ("open", "os.truncate"):
+                    continue
+                path = f"/dev/fd/{path}"
+            path = os.fsdecode(path)
+            is_relative = not os.path.isabs(path)
+            leads_up = is_relative and os.pardir in Path(path).parts
+            only_reads = event == "open" and not args[2] & writes
+            if path == os.devnull or (only_reads and not leads_up and not os.path.isdir(path)):
+                continue
+            # No folder outside is ever opened, so what begins in an open one lies inside, unless it leads up. `open`
+            # does not tell whether a relative path begins in one: there, and in a link, none may lead up.
+            begins_inside = is_relative and folder not in (-1, None)
+            full = os.path.realpath(path)
+            if leads_up or not (begins_inside or os.path.commonpath([full, allowed]) == allowed):
+                refuse(event, full)
 
     sys.addaudithook(hook)
 

@@ -141,9 +141,22 @@ HARMFUL = {  # the body of a function: what is said
     "os.rename('PRECIOUS/file', 'here'); return 1": "must not do this: os.rename",
     "subprocess.Popen('true'); return 1": "must not do this: subprocess.Popen",
     "os.kill(os.getppid(), 9); return 1": "must not do this: os.kill",
+    "os.open('PRECIOUS', os.O_RDONLY); return 1": "must not do this: open",
+    "os.open('mine', os.O_WRONLY | os.O_CREAT, dir_fd=os.open('..', os.O_RDONLY)); return 1": "must not do this: open",
+    "here = OUT; os.makedirs(here + '/a/b'); os.chdir(here + '/a/b'); "
+    "os.open('..', os.O_RDONLY, dir_fd=os.open(here, os.O_RDONLY)); return 1": "must not do this: open",
+    "os.rename('../../file', 'x', src_dir_fd=os.open(OUT, os.O_RDONLY)); return 1": "must not do this: os.rename",
+    "os.chdir('PRECIOUS'); os.rename('file', 'x', dst_dir_fd=os.open(OUT, os.O_RDONLY)); return 1":
+        "must not do this: os.rename",
+    "os.makedirs(OUT + '/a/b'); os.chdir(OUT + '/a/b'); os.symlink('../..', OUT + '/up'); return 1":
+        "must not do this: os.symlink",
+    "os.chmod(os.open('PRECIOUS/file', os.O_RDONLY), 0); return 1": "must not do this: os.chmod",
     "return 2": "assert 2 == 1",
     "raise NotImplementedError": "not written yet",
-    "open(os.path.join(tempfile.mkdtemp(), 'x'), 'w').close(); return 1": "",  # what is its own it may change
+    # What is its own it may change.
+    "open(os.path.join(tempfile.mkdtemp(), 'x'), 'w').close(); return 1": "",
+    "place = tempfile.mkdtemp(); os.makedirs(place + '/a/b'); open(place + '/a/x', 'w').close(); shutil.rmtree(place);"
+    " return 1": "",
 }
 
 
@@ -177,7 +190,8 @@ def test_what_a_hand_in_does_costs_that_question_and_harms_nothing(made_up, tmp_
     precious.mkdir()
     (precious / "file").write_text("dear")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    marks = made_up([body.replace("PRECIOUS", str(precious)) for body in [*HARMFUL, "return 1"]])
+    bodies = [body.replace("PRECIOUS", str(precious)).replace("OUT", "tempfile.gettempdir()") for body in HARMFUL]
+    marks = made_up([*bodies, "return 1"])
     for mark, said in zip(marks, [*HARMFUL.values(), ""], strict=True):
         assert mark["score"] == (0 if said else 2) and said in mark["output"], mark
         assert mark["output"].count("\n") == 0
