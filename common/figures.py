@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.config import print_once, user_errors
+from common.config import print_once, printable, user_errors
 from common.folder import replacing
 
 DPI = 120  # pixels of a picture in an inch
@@ -35,6 +35,11 @@ def new_figure(width, height):
                 figure.savefig(part, dpi=DPI, format=Path(path).suffix[1:] or "png")
 
     return figure, save
+
+
+def as_label(name):
+    """A name as matplotlib is to show it: a $ begins no formula, and a legend does not leave out what begins with _."""
+    return " " * name.startswith("_") + printable(name).replace("$", r"\$")
 
 
 def as_picture(img):
@@ -92,7 +97,7 @@ def grid(path, rows, title="", columns=(), side=0.0, legend=None, bar=None):
     if legend:
         from matplotlib.patches import Patch
 
-        marks = [Patch(facecolor=colour, edgecolor="0.6", label=name) for name, colour in legend.items()]
+        marks = [Patch(facecolor=colour, edgecolor="0.6", label=as_label(name)) for name, colour in legend.items()]
         figure.legend(handles=marks, loc="outside lower center", ncols=6, frameon=False, fontsize=9 * scale)
     if bar:
         from matplotlib.cm import ScalarMappable

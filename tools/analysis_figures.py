@@ -4,7 +4,8 @@ import statistics
 
 import torch
 
-from common import config, figures
+from common import figures
+from common.figures import as_label
 
 # Okabe & Ito, 2008: these, and the colour map, look different to all eyes.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
@@ -13,11 +14,6 @@ MAP = "cividis"
 
 def colour(i):
     return COLOURS[i % len(COLOURS)]
-
-
-def shown(name):
-    """A name as a figure shows it: a $ begins no formula, and a legend does not pass over what begins with _."""
-    return " " * name.startswith("_") + config.printable(name).replace("$", r"\$")
 
 
 def tidy(axis, title="", **labels):
@@ -65,7 +61,7 @@ def heads(path, record):
     save, axes = panels(len(record["heads"]), sharey=True)
     for i, (axis, (name, rows)) in enumerate(zip(axes, record["heads"].items(), strict=True)):
         dots(axis, rows, colour(i))
-        tidy(axis, title=shown(name), xlabel="layer")
+        tidy(axis, title=as_label(name), xlabel="layer")
     axes[0].set(ylabel=record["title"], ylim=(0, None))  # of all panels
     axes[0].legend(frameon=False, fontsize=8)
     save(path)
@@ -93,8 +89,8 @@ def cka(path, record):
                     for x, value in enumerate(line):
                         shade = "white" if value < 0.5 else "black"
                         axis.text(x + 1, y + 1, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=7)
-            axis.set_xlabel(f"layer of {shown(other)}", fontsize=8)
-            axis.set_ylabel(f"layer of {shown(name)}", fontsize=8)
+            axis.set_xlabel(f"layer of {as_label(other)}", fontsize=8)
+            axis.set_ylabel(f"layer of {as_label(name)}", fontsize=8)
             axis.tick_params(labelsize=7)
     figure.colorbar(drawn, ax=axes, label="CKA", shrink=0.6)
     save(path)
@@ -103,7 +99,7 @@ def cka(path, record):
 def lines_by_layer(axis, tables, **labels):
     """A line for each network over its layers, and a dot for each seed."""
     for i, (name, rows) in enumerate(tables.items()):
-        axis.plot(*means_by_layer(rows), "-", color=colour(i), lw=1.4, label=shown(name))
+        axis.plot(*means_by_layer(rows), "-", color=colour(i), lw=1.4, label=as_label(name))
         for layer, values in rows.items():
             axis.plot([int(layer)] * len(values), values, "o", ms=3, color=colour(i), mec="none")
     layer_axis(axis, max(tables.values(), key=len))
@@ -126,7 +122,7 @@ def spectrum(path, record):
     for i, (name, rows) in enumerate(record["spectra"].items()):
         values = last_layer(rows)
         values = [value for value in values if value > 1e-10 * values[0]]  # not 0 but for rounding
-        left.plot(range(1, len(values) + 1), values, color=colour(i), lw=1.4, label=shown(name))
+        left.plot(range(1, len(values) + 1), values, color=colour(i), lw=1.4, label=as_label(name))
     tidy(left, title="last layer", xlabel="rank", ylabel="singular value of the covariance", yscale="log")
     [rows] = record["results"].values()
     lines_by_layer(right, rows, title="all layers", ylabel="effective rank")
@@ -140,7 +136,7 @@ def frequency(path, record):
         several = [seeds[0] for seeds in rows.values() if len(seeds[0]) > 1]
         if several:
             steps = [step / (len(several[-1]) - 1) for step in range(len(several[-1]))]
-            left.plot(steps, several[-1], ".-", color=colour(i), lw=1.4, label=shown(name))
+            left.plot(steps, several[-1], ".-", color=colour(i), lw=1.4, label=as_label(name))
     label = "ln amplitude, relative to 0"
     tidy(left, title="last layer with a map", xlabel="frequency, of the highest", ylabel=label)
     [rows] = record["results"].values()
@@ -158,7 +154,7 @@ def kernels(path, record):
         for row, (title, tables) in enumerate(record["kernels"].items()):
             axis = axes[row][column]
             dots(axis, tables[name], colour(column))
-            tidy(axis, title=shown(name) if row == 0 else "", xlabel="layer")
+            tidy(axis, title=as_label(name) if row == 0 else "", xlabel="layer")
             axis.set_ylabel("" if column else title, fontsize=8)
         last = max(int(layer) for layer in record["profiles"][name])
         for layer, seeds in record["profiles"][name].items():
@@ -192,7 +188,7 @@ def attention(path, record, name, imgs):
                 axis.set(xticks=[], yticks=[], xlim=(0, W), ylim=(H, 0))
     for head in range(num_heads):
         axes[0][1 + head].set_title(f"head {head + 1}", fontsize=8)
-    figure.suptitle(f"{shown(name)}, layer: {record['layer']}; attention of the patch at the cross", fontsize=9)
+    figure.suptitle(f"{as_label(name)}, layer: {record['layer']}; attention of the patch at the cross", fontsize=9)
     save(path)
 
 
@@ -219,7 +215,7 @@ def drop(path, record):
             known = {column: [value for value in values if value is not None] for column, values in cells.items()}
             plain = {int(column.split()[0]): values for column, values in known.items() if "shuffled" not in column}
             means = [statistics.mean(values) for values in plain.values()]
-            axis.plot(list(plain), means, "-", color=colour(i), label=shown(name))
+            axis.plot(list(plain), means, "-", color=colour(i), label=as_label(name))
             for column, values in known.items():
                 fill = "none" if "shuffled" in column else colour(i)
                 x = int(column.split()[0]) + (0.1 if "shuffled" in column else 0)
@@ -238,7 +234,7 @@ def curves(path, record):
         for i, (name, points) in enumerate(rows.items()):
             if points:
                 axis.plot(*zip(*points, strict=True), "-" if len(points) > 1 else "o", lw=1.2, color=colour(i),
-                          label=shown(name))
+                          label=as_label(name))
         tidy(axis, title=title, xlabel="step")
         axis.legend(frameon=False, fontsize=8)
     save(path)

@@ -29,9 +29,10 @@ def test_a_grid_has_a_row_for_each_name(tmp_path, C):
 
 
 def test_a_grid_says_what_its_colours_mean(tmp_path):
-    """The legend has a patch of every colour below the images; the bar runs from black to white at their right."""
+    """The legend has a patch of every colour below the images, and no name is a formula; the bar runs from black to
+    white at their right."""
     rows = {"one": torch.full((4, 3, 16, 16), 0.5)}
-    figures.grid(tmp_path / "a.png", rows, legend={"moon": (1.0, 0.0, 0.0), "star": (0.0, 0.0, 1.0)})
+    figures.grid(tmp_path / "a.png", rows, legend={"_moon": (1.0, 0.0, 0.0), "$\\star_$": (0.0, 0.0, 1.0)})
     figures.grid(tmp_path / "b.png", rows, bar=(0.0, 20.0, "metres"))
     with Image.open(tmp_path / "a.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
