@@ -130,7 +130,7 @@ class Cka:
                     for name, i in first.items()}
         table = {name: {"mean of all pairs": means, "lowest": lows} for (name, means), lows in
                  zip(of_seeds(networks, within).items(), of_seeds(networks, lowest).values(), strict=True)}
-        return {"results": {"CKA between the layers of a network": table}, "matrices": matrices}
+        return {"results": {"CKA between the layers of a network": table}, "matrices": matrices, "images": self.count}
 
 
 class Spectrum:

@@ -79,7 +79,8 @@ def look(args, names):
         for name, analysis in streamed.items():
             with noted(notes, name, args):
                 record = analysis.record(found)
-                save_and_draw(args, name, record, analysis_figures.DRAW[name], **about, images=num_images)
+                seen = record.get("images", num_images)  # a small last batch counts for nothing in CKA
+                save_and_draw(args, name, record, analysis_figures.DRAW[name], **about, images=seen)
 
     if "kernels" in names:
         if len(names) == 1 or any(snapshots.large_kernels(network.encoder) for network in found):
@@ -166,8 +167,10 @@ def drop(args):
             path = args.out / "runs" / f"random_{nth}.pt"
             path.parent.mkdir(parents=True, exist_ok=True)
             arch = config.to_plain(network.encoder.arch)
-            saved = {"arch": arch, "model": network.encoder.state_dict(), "method": "random weights", "step": 0}
-            checkpoint.write(path, saved)
+            images = {key: list(getattr(network, key)) for key in ("mean", "std", "value_range")}
+            known = {key: numbers for key, numbers in images.items() if numbers}
+            checkpoint.write(path, {"arch": arch, "model": network.encoder.state_dict(), "method": "random weights",
+                                    "step": 0, **known})
         encoders.setdefault(network.name, []).append(path)
     cells = run_analyses.drop_cells(encoders, args.drops, args.shuffled, args.tasks, args.seeds, args.data, args.out)
     record = runner.measure("drop", cells, args.out / "drop.json", args.jobs)

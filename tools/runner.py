@@ -72,7 +72,7 @@ def with_needs(jobs):
 
 
 def start(job):
-    print(f"          python {job.command}", flush=True)
+    config.print_once(f"          python {job.command}")
     job.out.mkdir(parents=True, exist_ok=True)
     (job.out / "ended.txt").unlink(missing_ok=True)
     process = PROCESSES.Process(target=call, args=(job,))
@@ -201,7 +201,7 @@ def measure(what, cells, path, workers, folders=None):
             value = json.loads((job.out / "result.json").read_text())[cell.key]
             results[cell.title][cell.row][cell.column][seeds.index(cell.seed)] = value
             name = f"{cell.row}, {cell.column}, seed {cell.seed}"
-            print(f"{time.monotonic() - begin:6.0f} s  {name}: {number(value)}", flush=True)
+            config.print_once(f"{time.monotonic() - begin:6.0f} s  {name}: {number(value)}")
         record["commits_of_runs"] = sorted({*record.get("commits_of_runs", []), *commit_of(job)})
         write(path, record)
     return record

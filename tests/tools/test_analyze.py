@@ -158,6 +158,13 @@ def test_numbers_do_not_depend_on_the_batch(call, encoders, folder, tmp_path):
                 assert values == pytest.approx(two[title]["swin"][layer], rel=2e-4, abs=1e-6)
 
 
+def test_images_of_a_small_last_batch_count_where_they_are_seen(call, encoders, folder, tmp_path):
+    """15 of them in batches of 6: CKA needs 4 at once."""
+    for name, seen in (("cka", 12), ("kl", 15)):
+        analyse(call, name, "--checkpoints", encoders["vit"], "--data", folder, "--batch_size", 6, out=tmp_path)
+        assert record_of(tmp_path, name)["about"]["images"] == seen
+
+
 def test_memory_does_not_grow_with_images(encoders):
     """What the analyses hold after 3 batches and after 12 is of one size."""
     found = networks.open_networks([str(encoders["vit"]), "random"], (0, 0), 0)
@@ -357,7 +364,10 @@ def test_runs_of_one_name_are_told_apart(call, encoders, folder, tmp_path):
 def test_drop(call, encoders, made_up, tmp_path):
     """Through the queue: an edited encoder, then one fine-tuning for each task; the numbers by seed."""
     words = ["--seeds", "0 1", "--drops", "0 2", "--shuffled", 2, "--jobs", 1]
-    done = analyse(call, "drop", "--checkpoints", encoders["vit"], "random", *words, out=tmp_path / "out")
+    own = tmp_path / "vit" / "own.pt"
+    own.parent.mkdir()
+    torch.save({**torch.load(encoders["vit"]), "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}, own)
+    done = analyse(call, "drop", "--checkpoints", own, "random", *words, out=tmp_path / "out")
     record = record_of(tmp_path / "out", "drop")
     assert list(record["results"]) == ["classification: top-1, per cent", "segmentation: mIoU, per cent",
                                        "depth: RMSE, metres (less is better)", "keypoints: PCK, per cent"]
@@ -374,6 +384,7 @@ def test_drop(call, encoders, made_up, tmp_path):
     assert (tmp_path / "out" / "drop.png").exists() and "| depth" in done.out
     saved = checkpoint.read(tmp_path / "out" / "runs" / "random_0.pt")
     assert saved["arch"]["model"] == "vit_tiny"
+    assert saved["mean"] == [0.1, 0.2, 0.3] and saved["std"] == [0.5, 0.6, 0.7] and "value_range" not in saved
 
 
 def test_hog(call, folder, tmp_path):
