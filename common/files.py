@@ -17,7 +17,7 @@ FORMATS = [name for name in FORMATS if name in Image.OPEN]
 EXTENSIONS = (*sorted(suffix for suffix, name in SUFFIXES.items() if name in FORMATS), ".npy")
 
 ORIENTATION = 0x0112  # EXIF
-PHOTOMETRIC, SAMPLES, EXTRA_SAMPLES = 262, 277, 338  # TIFF
+BITS, PHOTOMETRIC, SAMPLES, PLANES, EXTRA_SAMPLES = 258, 262, 277, 284, 338  # TIFF
 COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # numbers of a pixel, by PHOTOMETRIC
 
 
@@ -61,18 +61,36 @@ def numbers(image, path):
     codec, _, _, arguments = image.tile[0] if image.tile else ("", None, 0, None)
     layout, *more = arguments if isinstance(arguments, tuple) else (arguments,)  # RGB;16B, ...
     maximum = more[0] if codec.startswith("ppm") else 255  # that the header of a PPM file names
+    bits = jpeg2000_bits(path) if image.format == "JPEG2000" else 8
     if image.mode[0] in "IF":
+        require_opaque(image)
         array = np.array(image)
         if codec.startswith("ppm") and image.mode == "I":  # Pillow has scaled it to 65535
             array = np.rint(array * (maximum / 65535)).astype(np.uint16)
+        if image.format == "JPEG2000":  # Pillow has shifted it up to 16 bits
+            array >>= max(0, 16 - bits)
         return array
 
     found = re.fullmatch(r"(\w+);16([LBN])", str(layout))
-    if found and found[1] in ("RGB", "RGBA"):
+    in_planes = has_wide_planes(image)
+    if found and found[1] in ("RGB", "RGBA") and not in_planes:
+        require_opaque(image)
         return both_bytes(image, path, found[1], found[2])
-    if found or maximum > 255 or (image.format == "JPEG2000" and jpeg2000_bits(path) > 8):
+    if found or in_planes or maximum > 255 or bits > 8:
         raise ValueError("more than 8 bits in several channels, of which Pillow gives 8: convert it to PNG, or to .npy")
     return None
+
+
+def require_opaque(image):
+    """ValueError if one of its colours stands for transparency, as in a PNG: beside numbers, Pillow leaves that out."""
+    if "transparency" in image.info:
+        raise ValueError("more than 8 bits, and a colour that stands for transparency: convert it to RGBA, or to .npy")
+
+
+def has_wide_planes(image):
+    """Does a TIFF hold each channel by itself, with more than 8 bits for a number? Pillow takes these bytes for 8 bits
+    each, or one byte of two."""
+    return image.format == "TIFF" and image.tag_v2.get(PLANES) == 2 and max(image.tag_v2.get(BITS, (1,))) > 8
 
 
 def both_bytes(image, path, colours, order):

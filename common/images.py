@@ -19,6 +19,7 @@ PIL_MODE = {1: "L", 3: "RGB", 4: "RGBA"}
 EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".avif")  # hold no more, whatever is in them
 SUFFIXES = frozenset(EXTENSIONS)
 FIRST = 32  # images of which the range is taken
+LOOKED_AT = 10_000  # files, at most, among which these are: a second or so
 
 
 class Broken(ValueError):
@@ -78,7 +79,7 @@ def read_array(path):
     """A .npy file, (h, w, C) or (h, w), of numbers."""
     require_regular(path)
     array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may promise more than the file holds
-    if array.ndim not in (2, 3) or not 0 < array.shape[0] * array.shape[1] <= Image.MAX_IMAGE_PIXELS:
+    if array.ndim not in (2, 3) or not array.size or array.shape[0] * array.shape[1] > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"an array of shape {array.shape}, not (H, W, C)")
     return np.array(array)
 
@@ -139,10 +140,12 @@ def files_below(root):
 
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        visited.add(os.path.realpath(folder))
-        # os.walk goes on with what is left in this list.
-        subfolders[:] = [name for name in sorted(subfolders)
-                         if name[0] != "." and os.path.realpath(os.path.join(folder, name)) not in visited]
+        # os.walk goes on with what is left in this list. A folder and a link to it may wait in it beside each other.
+        real = os.path.realpath(folder)
+        subfolders[:] = sorted(name for name in subfolders if name[0] != "." and real not in visited)
+        if real in visited:
+            continue
+        visited.add(real)
         # Once a folder: for each of a million files, relpath would take most of the time.
         here = os.path.relpath(folder, root)
         prefix = "" if here == os.curdir else here + os.sep
@@ -174,15 +177,16 @@ def count_suffixes(paths):
     return ", ".join(f"{n} {printable(suffix)}" for suffix, n in by_number)
 
 
-def first_range(root, n=FIRST):
-    """`shared_range` of the first n images below `root` that may have more than 8 bits."""
+def first_range(root):
+    """`shared_range` of the FIRST images below `root` that have more than 8 bits."""
     candidates = (os.path.join(root, path) for path in files_below(root) if may_be_wide(path))
-    return shared_range(itertools.islice(candidates, n), root)
+    return shared_range(itertools.islice(candidates, LOOKED_AT), root, FIRST)
 
 
-def shared_range(paths, name):
-    """(lowest, highest) number in image files of more than 8 bits, with a line that says so; () if there are none, or
-    if no range is needed (see to_bytes). ValueError if integers and floats would share one. `name`: of all of them."""
+def shared_range(paths, name, most=None):
+    """(lowest, highest) number in image files of more than 8 bits, of the first `most`, with a line that says so; () if
+    there are none, or if no range is needed (see to_bytes). ValueError if integers and floats would share one. `name`:
+    of all of them."""
     lows, highs, kinds, is_needed = [], [], set(), False
     for path in paths:
         with contextlib.suppress(Broken):  # it is named when it is loaded
@@ -193,6 +197,8 @@ def shared_range(paths, name):
             highs.append(float(array.max()))
             kinds.add(array.dtype.kind == "f")
             is_needed = is_needed or lows[-1] < 0 or highs[-1] > (1 if array.dtype.kind == "f" else 255)
+        if len(lows) == most:
+            break
     if not is_needed:
         return ()
     low, high = min(lows), max(highs)

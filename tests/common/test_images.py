@@ -110,15 +110,16 @@ def test_other_numbers(tmp_path):
             images.decode(stored(path, np.array([[0, bad]])), 1, value_range=(0, 9))
 
 
-def png16(path, array, colours):
-    """A PNG of 16 bits (h, w, C), which Pillow does not write."""
+def png16(path, array, colours, transparent=b""):
+    """A PNG of 16 bits (h, w, C), which Pillow does not write; `transparent`: the bytes of a colour that is."""
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     h, w = array.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     header = struct.pack(">IIBBBBB", w, h, 16, colours, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+    key = chunk(b"tRNS", transparent) if transparent else b""
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + key + chunk(b"IDAT", zlib.compress(rows))
                      + chunk(b"IEND", b""))
     return str(path)
 
@@ -165,6 +166,48 @@ def test_sixteen_bits_in_several_channels_keep_all_of_them(tmp_path, C, colours)
         assert C == 3 or (found[..., 3] == 255).all()
     with pytest.raises(images.Broken, match="8 bits"):  # grey with transparency
         images.decode(png16(tmp_path / "b.png", array[..., :2], 4), 1)
+
+
+@pytest.mark.parametrize("colours,channels", [(0, 1), (2, 3)])
+def test_a_transparent_colour_of_sixteen_bits_is_refused(tmp_path, colours, channels):
+    """Of 8 bits it becomes white; beside 16, Pillow would leave it out."""
+    array = np.stack([WIDE] * channels, axis=2)
+    key = np.array([4095] * channels, ">u2").tobytes()
+    assert images.decode(png16(tmp_path / "a.png", array, colours), 3, value_range=(0, 4095))[0, 0, 3] == 255
+    with pytest.raises(images.Broken, match="stands for transparency"):
+        images.decode(png16(tmp_path / "b.png", array, colours, key), 3, value_range=(0, 4095))
+
+
+def planes(path, array, **tags):
+    """A TIFF (h, w, C) whose channels lie one behind the other."""
+    size = array[..., 0].nbytes
+    behind = np.ascontiguousarray(array.transpose(2, 0, 1)).reshape(array.shape)
+    places = {"t273": tuple(8 + c * size for c in range(array.shape[2])), "t279": (size,) * array.shape[2]}
+    return tiff(path, behind, t284=2, **places, **tags)
+
+
+def test_wide_channels_that_lie_apart_are_refused(tmp_path):
+    """Pillow takes their bytes for 8 bits each, without a word."""
+    array = np.stack([WIDE, WIDE[::-1], WIDE * 16], axis=2)
+    low = array.astype(np.uint8)
+    assert np.array_equal(images.decode(planes(tmp_path / "a.tif", low)).permute(1, 2, 0).numpy(), low)
+    with pytest.raises(images.Broken, match="more than 8 bits"):
+        images.decode(planes(tmp_path / "b.tif", array), value_range=(0, 65535))
+
+
+@pytest.mark.parametrize("bits", [9, 12, 15, 16])
+def test_the_numbers_of_a_jpeg_2000_are_those_of_its_file(tmp_path, bits):
+    """Pillow writes 16 bits. With fewer in its header, the same file holds numbers around another middle."""
+    if ".j2k" not in images.EXTENSIONS:
+        pytest.skip("this Pillow reads no JPEG 2000")
+    values = np.tile(np.array([[0, 100, 255, 511]], np.uint16), (8, 4))  # (8, 16)
+    path = write(tmp_path / "a.j2k", values + np.uint16(2**15 - 2 ** (bits - 1)))
+    stream = bytearray(path.read_bytes())
+    place = stream.index(b"\xff\x51") + 40  # of the first channel's bits
+    assert stream[place] == 15
+    stream[place] = bits - 1
+    path.write_bytes(stream)
+    assert np.array_equal(images.wide_numbers(str(path)), values)
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -257,6 +300,15 @@ def test_val_has_the_range_of_train(tmp_path):
     assert val.value_range == (0, 1000) and val.load(0)[0].flatten().tolist() == [0, 64]
 
 
+def test_the_range_is_that_of_the_first_wide_images(tmp_path):
+    """Of whichever folder: in the first one there may be more bytes than images that a range is taken of."""
+    for i in range(images.FIRST + 1):
+        write(tmp_path / "a" / f"{i}.png", noise(2, 2))
+    fill(tmp_path / "b", [np.array([[0, 500]], np.uint16)] * images.FIRST, ".png")
+    fill(tmp_path / "c", [np.array([[0, 900]], np.uint16)], ".png")
+    assert images.first_range(tmp_path) == (0, 500)
+
+
 def test_ranges_that_need_no_word_and_one_that_needs_more(tmp_path, capsys):
     bytes_only = fill(tmp_path / "bytes", [np.array([[0, 255]], np.int32), np.array([[True, False]])])
     assert images.Folder(bytes_only, "train", 1).value_range == ()
@@ -298,6 +350,13 @@ def test_files_are_found_in_folders_links_and_odd_names(tmp_path):
     assert [os.fsdecode(path) for path in source.paths] == images.find_images(tmp_path / "set")
 
 
+@pytest.mark.parametrize("link", ["a", "c"])  # before the folder, and behind it
+def test_a_folder_beside_a_link_to_it_is_listed_once(tmp_path, link):
+    write(tmp_path / "b" / "deep" / "1.png", noise(2, 2))
+    (tmp_path / link).symlink_to(tmp_path / "b")
+    assert images.find_images(tmp_path) == [f"{min(link, 'b')}/deep/1.png"]
+
+
 def test_the_way_to_a_folder_is_found_once(tmp_path, monkeypatch):
     """Not for each of its files: of a million, that took six seconds of seven."""
     for i in range(50):
@@ -326,9 +385,12 @@ def test_npy(tmp_path):
     assert images.decode(stored(np.float32([[0, 1]])), 1).tolist() == [[[0, 255]]]
     assert images.decode(stored(np.uint16([[0, 65535]])), 1).tolist() == [[[0, 255]]]
     for array, why in ((five, "5 channels"), (np.array([object()]), "Python objects"), (np.zeros(3), "shape"),
-                       (np.full((2, 2), np.nan), "outside"), (np.zeros((0, 4, 3), np.uint8), "shape")):
+                       (np.full((2, 2), np.nan), "outside"), (np.zeros((0, 4, 3), np.uint8), "shape"),
+                       (np.zeros((4, 4, 0), np.uint8), "shape")):
         with pytest.raises(images.Broken, match=why):
             images.decode(stored(array), 3)
+    with pytest.raises(images.Broken, match=r"a\.npy.*shape"):  # as tools.check_images reads it
+        images.decode(stored(np.zeros((4, 4, 0), np.uint8)), None)
     path = stored(noise(60, 70, 3))
     Path(path).write_bytes(Path(path).read_bytes()[:1000])
     with pytest.raises(images.Broken):
