@@ -352,9 +352,11 @@ def test_files_are_found_in_folders_links_and_odd_names(tmp_path):
 
 @pytest.mark.parametrize("link", ["a", "c"])  # before the folder, and behind it
 def test_a_folder_beside_a_link_to_it_is_listed_once(tmp_path, link):
-    write(tmp_path / "b" / "deep" / "1.png", noise(2, 2))
+    for name in ("1.png", "deep/2.png"):
+        write(tmp_path / "b" / name, noise(2, 2))
     (tmp_path / link).symlink_to(tmp_path / "b")
-    assert images.find_images(tmp_path) == [f"{min(link, 'b')}/deep/1.png"]
+    first = min(link, "b")
+    assert images.find_images(tmp_path) == [f"{first}/1.png", f"{first}/deep/2.png"]
 
 
 def test_the_way_to_a_folder_is_found_once(tmp_path, monkeypatch):
