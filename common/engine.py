@@ -105,6 +105,7 @@ class Run:
         self.previous_handlers, self.bar, self.batches, self.model = {}, None, None, None
         self.write_line, self.close_logger = None, None  # of --logger
         self.images_of_run, self.goes_on_from = {}, None  # see describe_images; the checkpoint that was loaded
+        self.found_range = ()  # what --value_range would say, if the images said it
         self.logged_step, self.images, self.data_wait = 0, 0, 0.0  # since the last line of the log
         self.loss = math.nan  # of the last step
         self.sums = collections.Counter()  # since then: of the loss, and of its parts where it has several
@@ -125,6 +126,9 @@ class Run:
         """Make --out this run's folder, load the checkpoint if --resume finds one, print what the run is, set up
         signals and logger. Returns the step to begin with. `about` is printed and kept in config.yaml. ValueError or
         OSError, and --out is left alone, if it is used or not writable, or if the checkpoint does not fit."""
+        self.found_range = () if self.cfg.value_range else getattr(dataset.source, "value_range", ())
+        if self.found_range:  # whatever starts from this run sees numbers as it did, be its images darker or brighter
+            self.cfg = dataclasses.replace(self.cfg, value_range=tuple(self.found_range))
         cfg = self.cfg
         require_two_images(model, sampler)
         if schedule.steps < 1:
@@ -171,6 +175,8 @@ class Run:
         checkpoint.require_run(saved, path)
         then = {**type(self.cfg)().fixed_options(), **saved["config"]}  # an option newer than the file had its default
         now = self.cfg.fixed_options()
+        if self.found_range and not then["value_range"]:  # a file of an earlier version, which found it, too
+            then["value_range"] = now["value_range"]
         changed = [f"--{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value]
         unknown = sorted(saved["config"].keys() - now.keys())
         if changed and unknown:

@@ -25,7 +25,7 @@ def for_each(numbers, in_chans):
 
 
 def about_images(in_chans, cfg):
-    """What an encoder.pt says of the images that it was made for: mean, std and, if it was given, value_range."""
+    """What an encoder.pt says of the images that it was made for: mean, std and, if there is one, value_range."""
     mean, std = statistics(in_chans, cfg)
     value_range = list(with_defaults(cfg).value_range)
     return {"mean": mean, "std": std, **({"value_range": value_range} if value_range else {})}

@@ -148,10 +148,13 @@ def with_statistics(cfg, saved):
         std = transforms.for_each(cfg.std, cfg.in_chans) or std
         differs = own != (mean, std) and not notes
         notes = [f"normalised by mean {listed(mean)}, std {listed(std)} as asked, not as in its training"] * differs
+    value_range = cfg.value_range or tuple(saved.get("value_range", ()))
+    if value_range and not cfg.value_range:
+        notes.append(f"numbers of more than 8 bits as in its training: --value_range {listed(value_range)}")
     saved = {**saved, "mean": mean, "std": std, "notes": [*saved.get("notes", []), *notes]}
     if same_channels and (mean, std) != transforms.statistics(cfg.in_chans):
         cfg = dataclasses.replace(cfg, mean=tuple(mean), std=tuple(std))
-    return dataclasses.replace(cfg, value_range=cfg.value_range or tuple(saved.get("value_range", ()))), saved
+    return dataclasses.replace(cfg, value_range=value_range), saved
 
 
 def statistics_of(saved):

@@ -5,18 +5,20 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import equal, flags, log_of, snapshot
 from encoders import classifier, read_encoder
+from PIL import Image
 
 import data
 import finetune
 import mae
 import models
-from common import engine, layers, neighbours, optim, randomness, transforms
+from common import checkpoint, engine, layers, neighbours, optim, randomness, transforms
 from common.images import class_folders, decode
 
 
@@ -461,6 +463,38 @@ def test_mean_and_std_reach_the_network_and_travel(tiny, tuned, call, folder, tm
                                      out=tmp_path / "other"))
     assert done.code == 0 and "normalised by mean 0.1,0.1,0.1, std 0.2,0.2,0.2 as asked" in done.out
     assert call(mae.main, tiny(max_steps=2, out=tmp_path / "mae", resume=True)).code == 2  # other statistics
+
+
+def wide_images(root, top):
+    """Class folders of 16-bit images, 16 px, whose numbers go from 0 to `top`."""
+    for i in range(12):
+        path = root / ("train", "val")[i % 2] / ("ant", "bee")[i // 2 % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.linspace(0, top, 256).reshape(16, 16).astype(np.uint16)).save(path)
+    return root
+
+
+def test_a_range_that_was_found_travels(tiny, tuned, call, tmp_path):
+    """Other images, from which another range would be found, are seen with the range of the training."""
+    words = {"data": wide_images(tmp_path / "bright", 4000), "in_chans": 1, "batch_size": 4, "epochs": 2}
+    done = call(mae.main, tiny(max_steps=1, out=tmp_path / "mae", **words))
+    assert done.code == 0 and "black is 0 and white 4000" in done.out, done.err
+    encoder, last = (torch.load(tmp_path / "mae" / name) for name in ("encoder.pt", "last.pt"))
+    assert encoder["value_range"] == last["config"]["value_range"] == [0, 4000]
+
+    last["config"]["value_range"] = []  # as earlier versions saved it
+    for saved in (last, None):
+        if saved:
+            checkpoint.write(tmp_path / "mae" / "last.pt", saved)
+        assert call(mae.main, tiny(max_steps=2, resume=True, out=tmp_path / "mae", **words)).code == 0
+    done = call(mae.main, tiny(value_range="0,4095", resume=True, out=tmp_path / "mae", **words))
+    assert done.code == 2 and "--value_range was [0.0, 4000.0]" in done.err
+
+    dark = tuned(data=wide_images(tmp_path / "dark", 400), init=tmp_path / "mae" / "encoder.pt", model=None, epochs=1,
+                 patch_size=None, in_chans=None, batch_size=4, out=tmp_path / "tuned")
+    done = call(finetune.main, dark)
+    assert done.code == 0 and "black is" not in done.out and "--value_range 0,4000" in done.out, done.err
+    assert torch.load(tmp_path / "tuned" / "encoder.pt")["value_range"] == [0, 4000]
 
 
 @pytest.mark.parametrize("script,words", [(mae, tiny_words) for tiny_words in (
