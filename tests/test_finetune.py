@@ -256,6 +256,24 @@ def test_cross_validation_chooses_the_l2_of_the_probe(capsys):
     assert "by cross-validation" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("n,K", [(100, 10), (60, 5), (97, 10), (7, 7)])
+def test_every_fold_has_its_part_of_every_class(n, K):
+    """The embedded data comes in a cycle: every fifth image would hold out whole classes."""
+    labels = torch.arange(n) % K
+    fold = finetune.folds(labels)
+    sizes = torch.bincount(fold, minlength=5)
+    counts = torch.stack([torch.bincount(fold[labels == k], minlength=5) for k in range(K)])
+    assert sizes.max() - sizes.min() <= 1
+    assert ((counts.amax(dim=1) - counts.amin(dim=1)) <= 1).all()
+
+
+def test_folds_of_labels_in_any_other_order_are_every_fifth_image():
+    """Such as those of the results with 500 labels, and of class folders."""
+    chosen = [torch.as_tensor(data.balanced(np.arange(20_000) % 10, 500, seed)) % 10 for seed in range(10)]
+    for labels in (*chosen, torch.arange(100) // 25):
+        assert torch.equal(finetune.folds(labels), torch.arange(len(labels)) % 5)
+
+
 def test_a_probed_run_starts_where_the_probe_ends(tuned, pretrained, call, tmp_path):
     words = dict(init=pretrained / "encoder.pt", head_start="probe", mixup=0, cutmix=0, rand_augment="false",
                  random_erasing=0, crop_scale="1,1", flip=0, drop_path=0, smoothing=0, max_steps=1, batch_size=36,
