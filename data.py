@@ -22,7 +22,7 @@ import torchvision
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import processes, published, transforms
+from common import engine, processes, published, transforms
 from common.config import fail
 from common.images import Broken, Folder
 from common.randomness import noise, seed_of
@@ -174,20 +174,23 @@ class Images(torch.utils.data.Dataset):
             torch.set_rng_state(state)
 
     def count(self, broken, imgs):
-        """Name each broken file once. ValueError if they are more than `max_bad` of all (one is
-        forgiven, unless max_bad is 0), or all, or if there was no substitute: imgs is None."""
+        """Name each broken file once. ValueError if `require_few` raises one, or if there was no
+        substitute: imgs is None."""
         verb = "replaced" if self.substitutes else "left out"
         for index, why in broken.items():
             if index not in self.broken:
                 tqdm.write(f"{verb} a broken image: {' '.join(why.split())}", file=sys.stderr)
         self.broken |= broken
+        self.require_few(self.broken, has_substitutes=imgs is not None or not self.substitutes)
 
+    def require_few(self, broken, has_substitutes=True):
+        """ValueError if {index: why} holds more than `max_bad` of all images (one is forgiven,
+        unless max_bad is 0), or all, or if there are no substitutes."""
         n = len(self)
         allowed = max(1, self.max_bad * n) if self.max_bad else 0
-        too_many = len(self.broken) > min(allowed, n - 1)
-        if too_many or (imgs is None and self.substitutes):
-            first = "; ".join(list(self.broken.values())[:3])
-            raise ValueError(f"{len(self.broken)} of {n} images are broken so far, --max_bad is "
+        if len(broken) > min(allowed, n - 1) or not has_substitutes:
+            first = "; ".join(list(broken.values())[:3])
+            raise ValueError(f"{len(broken)} of {n} images are broken so far, --max_bad is "
                              f"{self.max_bad}: {first}; tools.check_images lists them all")
 
 
@@ -339,7 +342,12 @@ class Evaluation:
         self.num_images, self.classes = len(dataset), dataset.source.classes
 
     def __iter__(self):
-        return loader(self.dataset, self.index_lists, self.workers)
+        yield from loader(self.dataset, self.index_lists, self.workers)
+        try:
+            self.dataset.require_few(processes.united(self.dataset.broken))
+        except ValueError as error:
+            engine.leave_processes()
+            fail(error)
 
 
 def evaluation(dataset, cfg, run):

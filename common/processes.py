@@ -49,6 +49,15 @@ def of_main(function, *words):
     return sent[0]
 
 
+def united(own):
+    """The entries of a dict, and of those of all other processes, which must call this, too."""
+    if not dist.is_initialized():
+        return own
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def ignore_signals(worker):
     """Ctrl-C and SIGTERM reach a whole process group; the main process decides when workers end."""
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -154,6 +154,16 @@ def test_processes_leave_the_same_image_out(tune, tuned, pretrained, tmp_path, s
     assert one == two and one["images"] == 14
 
 
+def test_broken_images_of_all_processes_count(tuned, pretrained, tmp_path, spoiled):  # noqa: F811
+    """Each of two processes meets one, which is forgiven; two of 15 are not."""
+    (spoiled / "val" / "bee" / "1.png").write_bytes(b"no image")
+    words = tuned(init=pretrained["mae"], model=None, patch_size=None, mode="knn", data=spoiled, micro_batch=1,
+                  max_bad=0.1, out=tmp_path / "two")
+    code, _, err = finish(start(*torchrun(2, "finetune.py", *words)))
+    assert code != 0 and "error: 2 of 15 images are broken so far, --max_bad is 0.1" in err, err
+    assert not (tmp_path / "two" / "result.json").exists()
+
+
 def test_a_validation_set_of_broken_images_is_one_line(tune, spoiled):  # noqa: F811
     for path in spoiled.glob("val/*/*.png"):
         path.write_bytes(b"")
