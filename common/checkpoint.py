@@ -2,7 +2,7 @@
 that a hostile or damaged file is refused before anything of it is used.
 
 They hold tensors and plain data only. `last.pt`, from which a stopped run goes on, is {"model": all of it, "optimizer",
-"scaler", "step", "config", "images", "logged_step", "sums"}. `encoder.pt` travels: see weights.py.
+"scaler", "step", "config", "images", "steps_per_epoch", "logged_step", "sums"}. `encoder.pt` travels: see weights.py.
 """
 
 import argparse
@@ -212,7 +212,7 @@ def has_encoder(saved):
 def require_run(saved, path):
     """ValueError unless `saved`, the content of `path`, has the parts of a last.pt. Those that files of earlier
     versions lack are not checked where they are missing."""
-    later = {"images": dict, "logged_step": int, "sums": dict}
+    later = {"images": dict, "steps_per_epoch": int, "logged_step": int, "sums": dict}
 
     def is_kind(value, kind):
         return isinstance(value, kind) and not isinstance(value, bool)

@@ -134,6 +134,7 @@ class Run:
         if schedule.steps < 1:
             raise ValueError(f"--epochs {cfg.epochs:g} of {sampler.steps_per_epoch} steps each make no step")
         self.images_of_run = describe_images(dataset.source)
+        self.steps_per_epoch = sampler.steps_per_epoch
         about = {"warmup": schedule.warmup_steps, "lr": schedule.peak_lr, **about}
         with self.lock if self.is_main else contextlib.nullcontext():
             saved = None
@@ -148,7 +149,6 @@ class Run:
             self.logged_step, self.sums = saved["logged_step"], collections.Counter(saved["sums"])
         self.num_steps = schedule.steps
         self.last_step = max(self.start_step, min(cfg.max_steps or schedule.steps, schedule.steps))
-        self.steps_per_epoch = sampler.steps_per_epoch
         self.previous_handlers = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM)}
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         share, micro_batch = cfg.batch_size // self.world_size, cfg.micro_batch
@@ -190,6 +190,11 @@ class Run:
             then = "other ones" if number == number_then else number_then
             raise checkpoint.OtherRun(f"--resume with other images: --data {self.cfg.data} holds {number} of them, and "
                                       f"held {then} when this run began; give those a new --out")
+        steps_then = saved.get("steps_per_epoch", self.steps_per_epoch)
+        if steps_then != self.steps_per_epoch:
+            raise checkpoint.OtherRun(f"--resume with {self.world_size} process(es), whose epochs have "
+                                      f"{self.steps_per_epoch} steps, and had {steps_then} when this run began: with "
+                                      "--drop_last false that depends on their number; take as many as then")
         if saved["step"] > schedule.steps:
             raise ValueError(f"{path} is of step {saved['step']} in a run of {schedule.steps}")
         checkpoint.load_exactly(model, saved["model"], path)
@@ -398,7 +403,8 @@ class Run:
         encoder = encoder or model.encoder
         last = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "step": step + 1, "config": self.cfg.fixed_options(), "images": self.images_of_run,
-                "logged_step": self.logged_step, "sums": {name: float(total) for name, total in self.sums.items()}}
+                "steps_per_epoch": self.steps_per_epoch, "logged_step": self.logged_step,
+                "sums": {name: float(total) for name, total in self.sums.items()}}
         images = transforms.about_images(encoder.arch["in_chans"], self.cfg)
         weights = {"arch": config.to_plain(encoder.arch), "model": encoder.state_dict(), "step": step + 1,
                    "method": type(model).__name__, **images, **more}

@@ -379,7 +379,7 @@ SPOILED = {
     "sparse": respoil(model=lambda m: {**m, "mask_token": m["mask_token"].to_sparse()}),
     "doubled": respoil(config=lambda c: {**c, "mask": doubled(40)}), "odd images": respoil(images=[1]),
     "odd sum": respoil(sums={"loss": float("nan")}), "odd sums": respoil(sums={"loss": "1"}),
-    "odd log": respoil(logged_step=9),
+    "odd log": respoil(logged_step=9), "odd epochs": respoil(steps_per_epoch="5"),
 }
 
 
@@ -457,10 +457,23 @@ def test_resume_after_the_images_changed_is_refused(words_of, call, tmp_path, fo
     assert snapshot(out) == before
 
 
+def test_resume_on_processes_that_leave_out_a_batch_is_refused(tiny, call, tmp_path, folder):
+    """35 images in pairs leave one, which makes another step on one process, and none on two."""
+    images = shutil.copytree(folder, tmp_path / "images")
+    (images / "train" / "ant" / "0.png").unlink()
+    words = {"data": images, "batch_size": 2, "micro_batch": 1, "drop_last": "false", "out": tmp_path / "run"}
+    assert call(mae.main, tiny(max_steps=1, **words)).code == 0
+    before = snapshot(tmp_path / "run")
+    code, _, err = finish(start(*torchrun(2, "mae.py", *tiny(resume="true", **words))))
+    assert code != 0 and "error: --resume with 2 process(es), whose epochs have 17 steps, and had 18" in err, err
+    assert snapshot(tmp_path / "run") == before
+    assert call(mae.main, tiny(max_steps=2, resume="true", **words)).code == 0
+
+
 def test_a_checkpoint_of_an_earlier_version_is_resumed(tiny, call, tmp_path, finished):
     """What it lacks is not checked."""
     out = shutil.copytree(finished["mae"], tmp_path / "run")
-    respoil(images=None, sums=None, logged_step=None)(out / "last.pt")
+    respoil(images=None, sums=None, logged_step=None, steps_per_epoch=None)(out / "last.pt")
     assert call(mae.main, tiny(out=out, resume="true", max_steps=3)).code == 0
     assert torch.load(out / "last.pt")["step"] == 3
 
