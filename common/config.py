@@ -327,6 +327,21 @@ def join_values(words):
     return joined
 
 
+def without(words, names):
+    """The words of a command without options of these names, however they are written, and without their values."""
+    kept, is_dropped = [], False
+    for word in join_values(words):
+        if word.startswith("-"):
+            name = word[2:].partition("=")[0]
+            is_dropped = name in names or name.removeprefix("no_") in names
+        elif is_dropped:  # this is the value: an option has one at most
+            is_dropped = False
+            continue
+        if not is_dropped:
+            kept.append(word)
+    return kept
+
+
 def nearest(key, known):
     """The end of an error message: which option may have been meant."""
     key, known = str(key), sorted(known)

@@ -441,7 +441,8 @@ class Run:
                      if (self.out / name).exists()]
             config.print_once(f"{self.out} holds {', '.join(shown)}; next:")
             if self.last_step < self.num_steps:
-                config.print_once(f"  {command_again(self.world_size, '--max_steps')}    # up to step {self.num_steps}")
+                again = command_again(self.world_size, to_the_end=True)
+                config.print_once(f"  {again}    # up to step {self.num_steps}")
             for words in self.cfg.next_commands():
                 config.print_once(f"  {config.typed(words)}")
 
@@ -485,13 +486,13 @@ def choose_device(cfg):
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def command_again(world_size, without=None):
-    """The command that started this process, or torchrun, with --resume, and without an option and its value."""
-    words = [word for word in sys.orig_argv[1:] if word not in ("-u", "--overwrite")]
-    if without in words:
-        place = words.index(without)
-        del words[place : place + 2]
-    words += ["--resume"] * ("--resume" not in words)
+def command_again(world_size, to_the_end=False):
+    """The command that started this process, or torchrun, with --resume and, `to_the_end`, without --max_steps."""
+    words = [word for word in sys.orig_argv[1:] if word != "-u"]
+    words = config.without(words, ["overwrite", "resume", *["max_steps"] * to_the_end])
+    words.append("--resume")
+    if to_the_end and any(word.partition("=")[0] == "--config" for word in words):
+        words += ["--max_steps", 0]  # the recipe may have one, too
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return config.typed(words)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -117,8 +117,22 @@ def test_how_to_go_on_is_the_command_that_was_typed(monkeypatch):
     assert engine.command_again(4) == "bin/torchrun --nproc-per-node 2 --nnodes 2 ... mae.py --resume"
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setattr(sys, "orig_argv", ["bin/python3", "mae.py", "--max_steps", "6", "--out", "a"])
-    assert engine.command_again(1, "--max_steps") == "bin/python3 mae.py --out a --resume"
+    assert engine.command_again(1) == "bin/python3 mae.py --max_steps 6 --out a --resume"
+    assert engine.command_again(1, to_the_end=True) == "bin/python3 mae.py --out a --resume"
     assert config.typed(["-m", "tools.show", "a b.png"]) == "bin/python3 -m tools.show 'a b.png'"
+
+
+@pytest.mark.parametrize("limit", ["--max_steps=2", "--max-steps 2", "--max-steps=2", ""])
+@pytest.mark.parametrize("switch", ["--overwrite true", "--overwrite=True", "--overwrite", "--no-overwrite",
+                                    "--overwrite false", "--resume true", "--resume=false"])
+def test_how_to_go_on_whatever_the_words_were(monkeypatch, limit, switch):
+    words = f"bin/python3 mae.py {switch} {limit} --out a --value_range -1,1".split()
+    monkeypatch.setattr(sys, "orig_argv", words)
+    expected = "bin/python3 mae.py --out a --value_range=-1,1 --resume"
+    assert engine.command_again(1, to_the_end=True) == expected
+    monkeypatch.setattr(sys, "orig_argv", [*words, "--config=a.yaml"])  # which may have a max_steps of its own
+    assert engine.command_again(1, to_the_end=True) == expected.replace("--resume", "--config=a.yaml --resume "
+                                                                        "--max_steps 0")
 
 
 def test_log_is_silent_on_other_processes(tmp_path, capsys):
