@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from common import folder
+from common import config, folder
 
 
 class OtherRun(ValueError):
@@ -149,7 +149,7 @@ def read_newest(path, use=lambda content, path: None):
         raise
     except ValueError as error:
         raise ValueError(f"{wrong}; and {error}") from error
-    print(f"{wrong}; going on from {previous(path)}", flush=True)
+    config.print_once(f"{wrong}; going on from {previous(path)}")
     return content
 
 

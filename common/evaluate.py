@@ -115,8 +115,8 @@ def nearest(run, encoder, bank, queries, pool="mean", k=20):
 def report(run, result, **about):
     """Print a summary and write it, with what it is `about`, to OUT/result.json."""
     if run.is_main:
-        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  mean of classes "
-              f"{result['mean_per_class']:.2f} %  of {result['images']} images", flush=True)
+        print_once(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  mean of classes "
+                   f"{result['mean_per_class']:.2f} %  of {result['images']} images")
         run.write_result(result, about, {"top1": result["top1"], "top5": result["top5"]})
         if run.steps_done == run.start_step:  # nothing was trained: no line at the end says where the numbers are
-            print(f"numbers: {run.out / 'result.json'}", flush=True)
+            print_once(f"numbers: {run.out / 'result.json'}")

@@ -18,22 +18,22 @@ import torch
 
 import models
 from common import checkpoint, folder, formats, layouts, weights
-from common.config import Size, parse_value, user_errors
+from common.config import Size, parse_value, print_once, user_errors
 from common.layers import offset_index, raster, window_sizes
 from common.randomness import seed_of
 
 
 def show(saved, path):
     arch, head, tensors = saved["arch"], saved.get("classifier"), saved["model"]
-    print(f"{path}: {saved.get('method')}", *saved.get("notes", []), sep="\n  ")
-    print("  " + ", ".join(f"{name} {value}" for name, value in arch.items()))
+    print_once("\n  ".join([f"{path}: {saved.get('method')}", *saved.get("notes", [])]))
+    print_once("  " + ", ".join(f"{name} {value}" for name, value in arch.items()))
     mean, std = map(weights.listed, weights.statistics_of(saved))
-    print(f"  of images with mean {mean}, std {std}" + ", if they were the usual ones" * ("mean" not in saved))
+    print_once(f"  of images with mean {mean}, std {std}" + ", if they were the usual ones" * ("mean" not in saved))
     if head:
-        print(f"  classifier: pool {head['pool']}, norm {head['head_norm']}, {len(head['classes'])} classes")
-    print(f"  {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M numbers")
+        print_once(f"  classifier: pool {head['pool']}, norm {head['head_norm']}, {len(head['classes'])} classes")
+    print_once(f"  {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M numbers")
     for name, tensor in {**tensors, **(head["tensors"] if head else {})}.items():
-        print(f"    {name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+        print_once(f"    {name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
 
 
 # ---------------------------------------- Edit
@@ -105,7 +105,7 @@ def export(saved, path, target, out):
 
     if target == "safetensors":
         write_safetensors(out, *pack(saved))
-        return print(f"wrote {out}; finetune.py --init takes it")
+        return print_once(f"wrote {out}; finetune.py --init takes it")
     require_known(saved, target)
     tensors, call = to_timm(saved) if target == "timm" else to_torchvision(saved)
     if is_safetensors:
@@ -114,7 +114,7 @@ def export(saved, path, target, out):
         checkpoint.write(out, tensors)
     load = f"safetensors.torch.load_file('{out}')" if is_safetensors else f"torch.load('{out}')"
     strict = "" if head or target == "timm" else ", strict=False"
-    print(f"wrote {out}, to be loaded by\nmodel = {call}\nmodel.load_state_dict({load}{strict})")
+    print_once(f"wrote {out}, to be loaded by\nmodel = {call}\nmodel.load_state_dict({load}{strict})")
 
 
 def write_safetensors(out, tensors, metadata):
@@ -272,7 +272,7 @@ def main(argv=None):
         else:
             edited, notes = edit(saved, args.drop_layers, args.seed if args.shuffle_layers else None)
             checkpoint.write(args.out, edited)
-            print("\n  ".join([f"wrote {args.out}", *saved.get("notes", []), *notes]))
+            print_once("\n  ".join([f"wrote {args.out}", *saved.get("notes", []), *notes]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-from common import figures
+from common import config, figures
 from tools import runner
 
 # The recipe. Options behind the file change learning rate, epochs or augmentation, as in "... --base_lr 2e-3".
@@ -119,7 +119,7 @@ def main(argv=None):
     draw(picture, rows, logs)
     reconstruction = max((args.out / f"seed{args.seeds[-1]}" / "mae" / "pictures").glob("*.png"))
     print(f"\nAfter {seconds} s:\n\n{runner.markdown(TITLE, runner.by_seed(rows, args.seeds))}\n")
-    print(f"numbers          {path}\nfigure           {picture}\nreconstructions  {reconstruction}")
+    config.print_once(f"numbers          {path}\nfigure           {picture}\nreconstructions  {reconstruction}")
 
 
 if __name__ == "__main__":

@@ -123,14 +123,14 @@ def main(argv=None):
             check(phases, args.nproc_per_node)
     if args.plan:  # in this process: importing torch for each phase would take longer
         for i, phase in enumerate(phases):
-            print(f"phase {i + 1} of {len(phases)}", flush=True)
+            config.print_once(f"phase {i + 1} of {len(phases)}")
             fastmim.main(phase)
         return
     for i in range(first, len(phases)):
         command, phase = [*launcher, os.path.relpath(fastmim.__file__), *phases[i]], f"phase {i + 1} of {len(phases)}"
-        print(f"{phase}: {shlex.join(['python', *command])}", flush=True)
+        config.print_once(f"{phase}: {shlex.join(['python', *command])}")
         if code := run([sys.executable, *command]):
-            print(f"stopped in {phase}; --resume goes on", flush=True)
+            config.print_once(f"stopped in {phase}; --resume goes on")
             raise SystemExit(code)
 
 

@@ -82,7 +82,7 @@ def main(argv=None):
             classes = np.array(dataset.source.classes or [], dtype=str)
             np.savez(file, features=features, labels=labels, names=names, classes=classes)
     about = "labels, names and classes" if len(classes) else "names"
-    print(f"{args.out}: features {features.shape} of {args.data}, with {about}")
+    config.print_once(f"{args.out}: features {features.shape} of {args.data}, with {about}")
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def main(argv=None):
         print(f"{result['seconds']:6.1f} s  {step.group}: {step.name}: {result['ended']}{notes}", flush=True)
     if not args.cifar:
         print("          cifar: left out, it needs --cifar FILE.zip")
-    print(f"\n{gpu_table.table(record)}\n\nnumbers  {path}")
+    config.print_once(f"\n{gpu_table.table(record)}\n\nnumbers  {path}")
 
 
 if __name__ == "__main__":

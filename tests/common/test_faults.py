@@ -1,6 +1,7 @@
 """Careless words, broken images and crafted files in fine-tuning: one line, and nothing is lost or guessed."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import data
 import finetune
 import models
 from common import checkpoint, engine, formats
-from tools import convert, dense
+from tools import convert, dense, features
 from tools.trials import finish, start, torchrun
 
 DENSE = flags(data="shapes", task="depth", model=None, img_size=16, batch_size=4, micro_batch=4, epochs=1, labels=10,
@@ -34,6 +35,33 @@ def densely(pretrained, call, tmp_path, monkeypatch):  # noqa: F811
 
 def result_of(out):
     return json.loads((out / "result.json").read_text())
+
+
+# What a terminal cannot show
+
+
+def test_names_that_cannot_be_shown_stop_nothing(tune, call, tmp_path, monkeypatch):  # noqa: F811
+    """On a terminal that knows no umlaut. Else all was done, and the exit code said that nothing was."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", stdout)
+    out = tmp_path / "gr\xfc\xdfe"
+    assert tune(max_steps=1, out=out).code == 0
+    init, made = out / "encoder.pt", []
+    assert tune(eval="true", init=init, out=out / "eval").code == 0
+    shutil.copy(out / "last.pt", out / "previous.last.pt")
+    (out / "last.pt").write_bytes(b"no checkpoint")
+    assert tune(max_steps=2, out=out, resume="true").code == 0
+    for words in (("show", init), ("export", init, "--to", "timm", out / "timm.pth"),
+                  ("export", init, "--to", "safetensors", out / "a.safetensors"),
+                  ("--drop_layers", 1, init, out / "cut.pt")):
+        done = call(convert.main, words)
+        assert done.code == 0, (words, done.err)
+        made += [word.name for word in words[-1:] if word != init]
+    done = call(features.main, ["--init", init, "--data", "shapes", "--micro_batch", 500, "--out", out / "f.npz"])
+    assert done.code == 0, done.err
+    said = stdout.buffer.getvalue().decode("ascii")
+    for name in ("eval/result.json", "previous.last.pt", *made, "f.npz"):
+        assert f"gr\\xfc\\xdfe/{name}" in said and (out / name).exists(), said
 
 
 # What lies in OUT
