@@ -314,6 +314,8 @@ def foreign(content, path, from_arch, sizes, img_size=(0, 0), num_heads=0, which
         raise ValueError(f"{path} is not an encoder.pt of this project, nor the plain state dict of another one")
     try:
         tensors, layout, left = translate(content)
+        if empty := next((name for name, tensor in tensors.items() if not tensor.numel()), None):
+            raise ValueError(f"no encoder of ours has a {empty} of shape {tuple(tensors[empty].shape)}")
         odd = sorted({str(tensor.dtype) for tensor in tensors.values()} - {"torch.float32"})
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         head = classifier_of(tensors)

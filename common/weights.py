@@ -129,8 +129,8 @@ def as_in_init(cfg, from_arch, sizes):
             if value not in ("auto", 0, arch[name]):
                 raise ValueError(f"--{name} {value}, but the encoder in {cfg.init} has {name} {arch[name]}")
         cfg = dataclasses.replace(cfg, model=arch["model"], patch_size=arch["patch_size"])
-    elif cfg.num_heads or cfg.weights:
-        raise ValueError("--num_heads and --weights are of published weights, in --init")
+    elif any(cfg.init_size) or cfg.num_heads or cfg.weights:
+        raise ValueError("--init_size, --num_heads and --weights are of published weights, in --init")
     img_size = cfg.img_size if any(cfg.img_size) else tuple(arch["img_size"])
     cfg = dataclasses.replace(cfg, img_size=img_size, in_chans=cfg.in_chans or arch["in_chans"])
     config.check_channels(cfg)

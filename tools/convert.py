@@ -264,9 +264,8 @@ def main(argv=None):
                                      args.weights)
         if args.command == "show":
             return show(saved, args.file)
-        for path in (args.out, args.out.with_name(args.out.name + ".tmp")):  # where checkpoint.write begins
-            if path.exists():
-                raise ValueError(f"{path} is there already")
+        if args.out.exists():
+            raise ValueError(f"{args.out} is there already")
         if args.command == "export":
             export(saved, args.file, args.to, args.out)
         else:

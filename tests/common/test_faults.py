@@ -237,6 +237,8 @@ def test_what_an_evaluation_would_ignore_is_refused(tune, call, tmp_path):  # no
     one_line(tune(**judged, head_norm="batch"), "--head_norm batch", "norm layer")
     one_line(tune(**judged, head_norm="bogus"), "--head_norm", "layer, batch, none", "bogus")
     one_line(tune(**judged, init_size=32), "--init_size")
+    for name, value in (("init_size", 999), ("num_heads", 3), ("weights", "ema")):
+        one_line(tune(init="none", model="vit_tiny", mode="knn", **{name: value}), f"--{name}", "published weights")
     one_line(call(convert.main, ["show", judged["init"], "--init_size=-5"]), "--init_size")
     words = {"init": judged["init"], "mode": "linear", "head_norm": "batch", "out": tmp_path / "linear"}
     one_line(tune(**words), "--head_norm batch", "went into a head")

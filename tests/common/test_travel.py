@@ -498,6 +498,8 @@ def spoiled(path, encoder, marker):
         "no tensor": lambda: changed(norm__weight=3.0), "flat patches": lambda: changed(
             patch_embed__proj__weight=torch.ones(96, 192)), "no patches": lambda: save(
             {"model": {k: v for k, v in tensors.items() if "patch" not in k}}),
+        "patches of nothing": lambda: changed(patch_embed__proj__weight=torch.ones(96, 3, 0, 0)),
+        "images of nothing": lambda: changed(patch_embed__proj__weight=torch.ones(96, 0, 8, 8)),
         "oblong patches": lambda: changed(patch_embed__proj__weight=torch.ones(96, 3, 8, 4)),
         "channels": lambda: save({"arch": {**encoder.arch, "in_chans": 4}, "model": tensors}),
         "half a bias": lambda: changed(blocks__0__attn__q_bias=torch.ones(96)), "nothing": lambda: save({"model": {}}),
@@ -511,7 +513,8 @@ def spoiled(path, encoder, marker):
 BAD = ["empty", "empty safetensors", "cut", "text", "cut old", "torch in safetensors", "no file", "folder", "hostile",
        "hostile old", "hostile pickle", "hostile Namespace", "module", "nan", "shape", "integers", "giant",
        "giant head", "narrow head", "sparse", "meta", "no tensor", "no name", "flat patches", "no patches",
-       "oblong patches", "channels", "half a bias", "nothing", "one name twice", "unknown", "last.pt"]
+       "patches of nothing", "images of nothing", "oblong patches", "channels", "half a bias", "nothing",
+       "one name twice", "unknown", "last.pt"]
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
