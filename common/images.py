@@ -190,7 +190,7 @@ def shared_range(paths, name, most=None):
     lows, highs, kinds, is_needed = [], [], set(), False
     for path in paths:
         with contextlib.suppress(Broken):  # it is named when it is loaded
-            array = wide_numbers(path)
+            array = wide_numbers(path, has_alpha=False)
             if array is None or not np.isfinite([array.min(), array.max()]).all():
                 continue
             lows.append(float(array.min()))
@@ -222,14 +222,17 @@ def may_be_wide(path):
     return is_image(path) and suffix_of(path) not in EIGHT_BITS
 
 
-def wide_numbers(path):
-    """The numbers of an image file if they have more than 8 bits, or else None; Broken if it cannot be read."""
+def wide_numbers(path, has_alpha=True):
+    """The numbers of an image file if they have more than 8 bits, or else None; Broken if it cannot be read. Without
+    its transparency if not `has_alpha`."""
     with reading(path):
         if path.lower().endswith(".npy"):
             array = read_array(path)
             return array if array.dtype.kind in "iuf" and array.dtype != np.uint8 else None
         with opened(path) as image:
-            return files.numbers(image, path)
+            array = files.numbers(image, path)
+            is_rgba = array is not None and array.ndim == 3 and array.shape[2] == 4
+            return array[..., :3] if is_rgba and not has_alpha else array
 
 
 def class_folders(root, split, alone=False):

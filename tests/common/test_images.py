@@ -309,6 +309,15 @@ def test_the_range_is_that_of_the_first_wide_images(tmp_path):
     assert images.first_range(tmp_path) == (0, 500)
 
 
+def test_transparency_has_no_part_in_the_range(tmp_path):
+    array = np.stack([WIDE, WIDE, WIDE, np.full_like(WIDE, 65535)], axis=2)
+    for name, save in (("png", lambda path: png16(path, array, 6)), ("tif", lambda path: tiff(path, array, t338=2))):
+        (tmp_path / name).mkdir()
+        path = save(tmp_path / name / f"a.{name}")
+        assert images.first_range(tmp_path / name) == (0, 4095)
+        assert images.wide_numbers(path).shape == (2, 4, 4)  # a report of the file has it
+
+
 def test_ranges_that_need_no_word_and_one_that_needs_more(tmp_path, capsys):
     bytes_only = fill(tmp_path / "bytes", [np.array([[0, 255]], np.int32), np.array([[True, False]])])
     assert images.Folder(bytes_only, "train", 1).value_range == ()
