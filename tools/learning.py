@@ -37,9 +37,9 @@ SAME_NETWORK = {  # row: an earlier row whose random weights are the same, so th
 RATES = (5e-4, 1e-3, 2e-3)  # of pre-training
 TUNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of fine-tuning
 # Where the best of these lies at an end: more of them, {row: rates}
-BEYOND = {"SimMIM ViT": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "FastMIM ViT": (2.5e-4,), "SimMIM Swin": (4e-3, 8e-3),
+BEYOND = {"SimMIM ViT": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), "FastMIM ViT": (2.5e-4,), "SimMIM Swin": (4e-3, 8e-3),
           "UM-MAE Swin": (4e-3,), "UM-MAE PVT": (4e-3,), "FastMIM PVTv2": (4e-3,), "FastMIM ResNet-18": (4e-3,)}
-TUNING_BEYOND = {"SimMIM ViT": (1.6e-2,)}  # of what was pre-trained
+TUNING_BEYOND = {"SimMIM ViT": (1.6e-2, 3.2e-2)}  # of what was pre-trained
 SCRATCH_BEYOND = {"SimMIM Swin": (5e-4,), "UM-MAE Swin": (5e-4,), "FastMIM ResNet-18": (1.6e-2,)}
 SCRATCH = {arm: times for arm, (times, _) in ARMS.items() if arm != "pre-trained"}  # arm: times the budget
 # The best ones on validation images (results/sweep_*.json).
