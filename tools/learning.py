@@ -44,13 +44,13 @@ SCRATCH_BEYOND = {"SimMIM Swin": (5e-4,), "UM-MAE Swin": (5e-4,), "FastMIM ResNe
 SCRATCH = {arm: times for arm, (times, _) in ARMS.items() if arm != "pre-trained"}  # arm: times the budget
 # The best ones on validation images (results/sweep_*.json).
 PRETRAINED = {  # row: rate of pre-training
-    "MAE ViT": 1e-3, "SimMIM ViT": 1.6e-2, "SimMIM Swin": 4e-3, "UM-MAE ViT": 1e-3, "UM-MAE Swin": 2e-3,
+    "MAE ViT": 1e-3, "SimMIM ViT": 3.2e-2, "SimMIM Swin": 4e-3, "UM-MAE ViT": 1e-3, "UM-MAE Swin": 2e-3,
     "UM-MAE PVT": 2e-3, "FastMIM ViT": 5e-4, "FastMIM Swin": 1e-3, "FastMIM PVTv2": 2e-3, "FastMIM ResNet-18": 2e-3,
     "LUT ViT": 1e-3}
 OF_VIT = {arm: rate for arm, (_, rate) in ARMS.items()}
 TUNED = {  # row: {arm: rate of fine-tuning}
     **dict.fromkeys(["MAE ViT", "UM-MAE ViT", "FastMIM ViT"], OF_VIT),
-    "SimMIM ViT": {"pre-trained": 8e-3, "scratch": 2e-3, "scratch, 4x budget": 2e-3},
+    "SimMIM ViT": {"pre-trained": 1.6e-2, "scratch": 2e-3, "scratch, 4x budget": 2e-3},
     "LUT ViT": {**OF_VIT, "pre-trained": 4e-3},
     "SimMIM Swin": {"pre-trained": 4e-3, "scratch": 1e-3, "scratch, 4x budget": 2e-3},
     "UM-MAE Swin": {"pre-trained": 2e-3, "scratch": 2e-3, "scratch, 4x budget": 1e-3},
