@@ -70,9 +70,9 @@ class Config(config.RunConfig):
         config.in_range(self, secondary_ratio="[0, 1)", unit="[1, inf)", window="[1, inf)",
                         shift="[0, inf)")
         if self.model.startswith(("pvtv2", "torchvision:")):
-            raise ValueError(f"--model {self.model}: UM-MAE takes vit_*, swin_* and pvt_*, which "
-                             "find their way in a compact image; other networks would take units "
-                             "that met there for neighbours")
+            raise ValueError(f"--model {self.model}: UM-MAE takes vit_*, swin_* and pvt_*; most "
+                             "other networks look across the borders of units, which are no "
+                             "neighbours in a compact image")
 
 
 # ---------------------------------------- Masks: noise (B, U), grid (h, w) of units -> ids_keep

@@ -118,8 +118,9 @@ def attention(networks, imgs, queries, layer):
 
 def avgdist(size, unit, count, seed):
     """AvgDist of the four strategies of UM-MAE (3.2), which all keep a quarter of the units: `count` masks each."""
-    if min(size) < 2 * unit or any(side % (2 * unit) for side in size):
-        raise ValueError(f"--mask_size {size[0]}x{size[1]} must be divisible by 2 x --unit, not by {unit} alone")
+    if count < 1 or min(size) < 2 * unit or any(side % (2 * unit) for side in size):
+        raise ValueError(f"--mask_size {size[0]}x{size[1]} must be divisible by 2 x --unit, not by {unit} alone, and "
+                         f"--masks be 1 or more, not {count}")
     grid = (size[0] // unit, size[1] // unit)
     num_units = grid[0] * grid[1]
     draws = noise(seed, 0, count, 2 * num_units)
