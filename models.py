@@ -463,8 +463,8 @@ class WindowAttention(layers.Attention):
 class Swin(Pyramid):
     """Swin Transformer (Liu et al., 2021), `bias` "table", or as UM-MAE changed it, "continuous":
     see WindowAttention and ConvMerging. `window` tokens a side, divided by `compact` where a map's
-    sides are. `learn_positions` finds none to learn. With a table, tokens have the
-    positions of the map in which they lie, whatever `coords` says."""
+    sides are. `learn_positions` finds none to learn. With a table, tokens have the positions of the
+    map in which they lie, whatever `coords` says."""
 
     def __init__(self, model, img_size, patch_size, in_chans, width, depths, num_heads, hidden,
                  window=7, bias="table", learn_positions=False, drop_path=0.0, final_norm=True,

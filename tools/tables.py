@@ -15,7 +15,6 @@ images have 64 px; scores are of 2,000 test images of `shapes`, unless a table s
 
 import argparse
 import functools
-import json
 from pathlib import Path
 
 from common import figures
@@ -157,7 +156,7 @@ def draw_dense(path, results):
 
 def as_markdown(path):
     """The tables of a file that a measurement wrote."""
-    record = json.loads(path.read_text())
+    record = runner.read_json(path)
     if record["what"] == "gpu":
         return gpu_table.table(record)
     if isinstance(record["results"], list):  # of pairs

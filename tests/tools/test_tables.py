@@ -257,6 +257,9 @@ def test_a_committed_file_says_where_its_numbers_come_from(path):
 def test_a_missing_file_is_one_line(call, tmp_path):
     done = call(tables.main, ["print", tmp_path / "none.json"])
     assert done.code == 2 and "none.json" in done.err and done.err.count("\n") == 1
+    (tmp_path / "cut.json").write_text('{"what": ')
+    done = call(tables.main, ["print", tmp_path / "cut.json"])
+    assert done.code == 2 and "cut.json is no JSON" in done.err and done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["demo", "sweep_vit", "sweep_pyramids", "learns_vit", "learns_pyramids", "cifar10",
