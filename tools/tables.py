@@ -24,7 +24,7 @@ from tools.demo import BUDGET, FINETUNE, add_options, bars, slug, tuning
 from tools.learning import pretraining
 
 # Measurements that share runs, and so a folder of them
-FOLDERS = {**dict.fromkeys(["sweep", "learns", "ablations"], "learning"), "dense_sweep": "dense"}
+FOLDERS = {**dict.fromkeys(["sweep", "learns", "ablations", "protocols"], "learning"), "dense_sweep": "dense"}
 
 METHODS = ["MAE", "SimMIM", "UM-MAE", "FastMIM", "LUT", "random weights"]
 LINEAR = "--mode linear --head_start random --shift 0 --epochs 100 --warmup_epochs 10"
@@ -76,27 +76,31 @@ def edited(encoder, options, out, seed):
 
 
 def protocols(args):
-    """The small ViT of every method, after four epochs of `shapes`, in every protocol: with 500 labels of `shapes`, and
-    of DIR, which none has seen (4,000 and 1,000 images of CIFAR-10 in DIR/train/CLASS/ and DIR/val/CLASS/)."""
+    """The small ViT of every method, pre-trained as in `learns`, in every protocol: with 500 labels of `shapes`, and of
+    DIR, which none has seen (4,000 and 1,000 images of CIFAR-10 in DIR/train/CLASS/ and DIR/val/CLASS/). But for the
+    linear ones, all protocols have the learning rate at which `learns` trains the whole encoder."""
     sets = {"shapes": "shapes", "cifar10_mini": args.cifar10_mini}
     other = {"shapes": "cifar10_mini", "cifar10_mini": "shapes"}
     cells, jobs = [], {}
     for seed in args.seeds:
         for method in METHODS:
-            folder, is_random = args.out / slug(method) / f"seed{seed}", method == "random weights"
+            name, is_random = f"{method} ViT", method == "random weights"
+            folder = args.out / "protocols" / slug(method) / f"seed{seed}"
+            rate = learning.OF_VIT["scratch"] if is_random else learning.TUNED[name]["pre-trained"]
             for protocol in OF_RANDOM if is_random else PROTOCOLS:
-                for name, data in sets.items():
+                for on, data in sets.items():
                     encoder = None
                     if protocol == "all, after the other data":
-                        encoder = jobs[seed, method, "all", other[name]]
+                        encoder = jobs[seed, method, "all", other[on]]
                     elif not is_random:
-                        encoder = pretraining(args.out, f"{method} ViT", seed)
+                        encoder = pretraining(args.out, name, seed, "--base_lr", learning.PRETRAINED[name])
                     if protocol in EDITS:
                         encoder = edited(encoder, EDITS[protocol], folder / slug(f"{protocol} encoder"), seed)
-                    words = ["--data", data, "--labels", 500, "--epochs", BUDGET[500], *PROTOCOLS[protocol].split()]
-                    job = tuning(FINETUNE, encoder, *words, out=folder / slug(f"{name} {protocol}"), seed=seed)
-                    jobs[seed, method, protocol, name] = job
-                    cells.append(runner.Cell(name, protocol, method, seed, job))
+                    words = ["--data", data, "--labels", 500, "--epochs", BUDGET[500], "--base_lr", rate]
+                    out = folder / slug(f"{on} {protocol}")
+                    job = tuning(FINETUNE, encoder, *words, *PROTOCOLS[protocol].split(), out=out, seed=seed)
+                    jobs[seed, method, protocol, on] = job
+                    cells.append(runner.Cell(on, protocol, method, seed, job))
     return cells
 
 

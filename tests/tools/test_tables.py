@@ -183,6 +183,16 @@ def test_protocols_put_every_method_through_all_that_suits_it(made_up, tmp_path,
     assert "| half a block | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |  |\n" in printed
 
 
+def test_protocols_begin_with_the_encoders_of_learns(made_up, tmp_path):
+    def pretrained():
+        return [c for c in made_up() if not c.startswith(("finetune.py", "-m")) and "--max_steps 1" not in c]
+
+    tables.main(["protocols", "--cifar10_mini", str(tmp_path), "--out", "runs"])
+    assert len(pretrained()) == 5
+    tables.main(["learns", "--methods", ";".join(f"{name} ViT" for name in tables.METHODS[:-1]), "--out", "runs"])
+    assert len(pretrained()) == 5
+
+
 def test_dense_trains_encoders_once(made_up, capsys):
     tables.main(["dense", "--seeds", "0 1", "--out", "runs"])
     commands = made_up()
