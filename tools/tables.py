@@ -53,9 +53,9 @@ DENSE_PRETRAIN = "mae.py --config configs/tiny.yaml --picture_epochs 1000"
 SUPERVISED = ("finetune.py --config configs/finetune_tiny.yaml --model vit_tiny --patch_size 8 --labels 0 "
               "--head_start random --epochs 4 --warmup_epochs 0.32 --save_epochs 1 --log_every 100")
 MODES = {  # what trains: options, and the learning rates that the sweep tries, a factor of four apart
-    "frozen": ("--freeze", (4e-3, 1.6e-2, 6.4e-2)),
-    "fine-tuned": ("--layer_decay 1", (1e-3, 4e-3, 1.6e-2)),
-    "fine-tuned, layer decay 0.5": ("--layer_decay 0.5", (4e-3, 1.6e-2, 6.4e-2))}
+    "frozen": ("--freeze", (1e-3, 4e-3, 1.6e-2, 6.4e-2)),
+    "fine-tuned": ("--layer_decay 1", (2.5e-4, 1e-3, 4e-3, 1.6e-2)),
+    "fine-tuned, layer decay 0.5": ("--layer_decay 0.5", (1e-3, 4e-3, 1.6e-2, 6.4e-2))}
 FROZEN, EVENLY, GENTLY = ("frozen", 1.6e-2), ("fine-tuned", 4e-3), ("fine-tuned, layer decay 0.5", 1.6e-2)
 CHOSEN = {  # task: {encoder: mode and rate of the columns "frozen" and "fine-tuned"}
     "segment": {"MAE": (FROZEN, EVENLY), "supervised": (FROZEN, GENTLY), "random": (FROZEN, EVENLY)},

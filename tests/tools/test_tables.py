@@ -214,7 +214,7 @@ def test_the_sweep_of_dense_prediction_tries_what_the_table_takes(made_up):
     """On validation images, from the encoders of the table."""
     tables.main(["dense_sweep", "--out", "runs"])
     commands = [c for c in made_up() if c.startswith("-m tools.dense")]
-    assert len(commands) == 3 * 3 * 3 * 3 and all(" --split val " in c for c in commands)  # task, encoder, mode, rate
+    assert len(commands) == 3 * 3 * 3 * 4 and all(" --split val " in c for c in commands)  # task, encoder, mode, rate
     tables.main(["dense", "--out", "runs"])
     before, after = ({re.sub(r" --(split|out) \S+", "", c) for c in made} for made in (commands, made_up()))
     assert before >= {c for c in after if c.startswith("-m tools.dense")}
