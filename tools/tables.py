@@ -56,11 +56,12 @@ MODES = {  # what trains: options, and the learning rates that the sweep tries, 
     "frozen": ("--freeze", (1e-3, 4e-3, 1.6e-2, 6.4e-2)),
     "fine-tuned": ("--layer_decay 1", (2.5e-4, 1e-3, 4e-3, 1.6e-2)),
     "fine-tuned, layer decay 0.5": ("--layer_decay 0.5", (1e-3, 4e-3, 1.6e-2, 6.4e-2))}
-FROZEN, EVENLY, GENTLY = ("frozen", 1.6e-2), ("fine-tuned", 4e-3), ("fine-tuned, layer decay 0.5", 1.6e-2)
-CHOSEN = {  # task: {encoder: mode and rate of the columns "frozen" and "fine-tuned"}
-    "segment": {"MAE": (FROZEN, EVENLY), "supervised": (FROZEN, GENTLY), "random": (FROZEN, EVENLY)},
-    "depth": {"MAE": (FROZEN, GENTLY), "supervised": (FROZEN, EVENLY), "random": (FROZEN, GENTLY)},
-    "keypoints": {"MAE": (FROZEN, GENTLY), "supervised": (FROZEN, EVENLY), "random": (FROZEN, GENTLY)}}
+FROZEN, GENTLY = ("frozen", 4e-3), ("fine-tuned, layer decay 0.5", 4e-3)
+CHOSEN = {  # task: {encoder: mode and rate of the columns "frozen" and "fine-tuned"}, of results/dense_sweep.json
+    "segment": dict.fromkeys(["MAE", "supervised", "random"], (FROZEN, GENTLY)),
+    "depth": {"MAE": (("frozen", 1.6e-2), GENTLY), "supervised": (FROZEN, ("fine-tuned", 4e-3)),
+              "random": (FROZEN, GENTLY)},
+    "keypoints": {"MAE": (FROZEN, GENTLY), "supervised": (FROZEN, GENTLY), "random": (FROZEN, ("fine-tuned", 1e-3))}}
 SUPERVISED_TITLE = "top-1, per cent of validation images"
 SCORES = {"segment": ("miou", "segmentation: mIoU, per cent (more is better)"),  # task: score, title
           "depth": ("rmse", "depth: RMSE, metres (less is better)"),

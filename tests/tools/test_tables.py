@@ -65,6 +65,23 @@ def test_learning_rates_are_the_best_of_the_sweep():
     assert {arm: rate for arm, (_, rate) in demo.ARMS.items()} == learning.TUNED["MAE ViT"]
 
 
+def test_dense_prediction_has_the_best_settings_of_its_sweep():
+    """Of the committed one: for each column of the table, the best mode and rate on validation images."""
+    results = record_of(ROOT / "results" / "dense_sweep.json")["results"]
+    for task, (score, title) in tables.SCORES.items():
+        found = {"MAE": [(), ()], "supervised": [(), ()], "random": [(), ()]}  # encoder: best of each column
+        for row, cells in results[f"{title}, validation"].items():
+            name, mode = row.split(", ", maxsplit=1)
+            for rate, [value] in cells.items():
+                entry = (-value if score == "rmse" else value, mode, float(rate))
+                found[name][mode != "frozen"] = max(found[name][mode != "frozen"], entry)
+        best = {name: tuple(entry[1:] for entry in columns) for name, columns in found.items()}
+        assert best == tables.CHOSEN[task]
+        for mode, rate in (pair for columns in best.values() for pair in columns):
+            tried = tables.MODES[mode][1]
+            assert min(tried) < rate < max(tried)  # what is best at an end may be better beyond it
+
+
 BACKBONES = {"vit_tiny": "ViT", "swin_tiny": "Swin", "pvt_tiny": "PVT", "pvtv2_tiny": "PVTv2",
              "torchvision:resnet18": "ResNet-18"}
 
