@@ -291,8 +291,8 @@ def test_a_missing_file_is_one_line(call, tmp_path):
     assert done.code == 2 and "cut.json is no JSON" in done.err and done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["demo", "sweep_vit", "sweep_pyramids", "learns_vit", "learns_pyramids", "cifar10",
-                                  "protocols", "dense"])
+@pytest.mark.parametrize("name", ["demo", "sweep_vit", "sweep_pyramids", "learns_vit", "learns_pyramids", "ablations",
+                                  "cifar10", "protocols", "dense"])
 def test_readme_shows_what_was_measured(name):
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     shown = "\n".join(page.read_text() for page in pages)
