@@ -94,14 +94,29 @@ def call(job):
     SCRIPTS[sys.argv[0]].main(sys.argv[1:])
 
 
+def loss_of(job, since):
+    """The last loss in the log of a job, as "step 20, loss 2.43"; "" if it has logged none since that time."""
+    path = job.out / "log.jsonl"
+    try:
+        text = path.read_text() if path.stat().st_mtime >= since else ""  # an older one is of an earlier run
+    except FileNotFoundError:
+        return ""
+    *lines, _ = text.split("\n")  # the last one may not be whole yet
+    steps = [line for line in map(json.loads, lines) if "loss" in line]
+    return f"step {steps[-1]['step']}, loss {number(steps[-1]['loss'])}" if steps else ""
+
+
 def run(jobs, workers=CORES):
-    """Run jobs and what they need. Yields each as soon as it has ended; first those that ended in an earlier call.
-    SystemExit with the last lines of its output if one fails. Whatever ends this generator ends the processes."""
+    """Run jobs and what they need. Yields each as soon as it has ended; first those that ended in an earlier call. The
+    first loss of each is printed, as a sign of life. SystemExit with the last lines of its output if one fails.
+    Whatever ends this generator ends the processes."""
     jobs = with_needs(jobs)
     ended = {job for job in jobs if job.ended_before()}
     yield from [job for job in jobs if job in ended]
     waiting = [job for job in jobs if job not in ended]
     running = {}  # {job: process}
+    quiet = {}  # {job: when it began}, those whose log has said nothing yet
+    begin = time.monotonic()
 
     # Signals are only noted: an exception between a fork and its entry in `running` would lose a process.
     caught = []
@@ -114,18 +129,24 @@ def run(jobs, workers=CORES):
         while waiting or running:
             ready = [job for job in waiting if ended.issuperset(job.needs)]
             for job in ready[: max(1, workers) - len(running)]:
+                quiet[job] = time.time()
                 running[job] = start(job)
                 waiting.remove(job)
 
             connection.wait([process.sentinel for process in running.values()], timeout=1)
             if caught:
                 raise SystemExit(128 + signal.SIGINT)
+            for job in list(quiet):
+                if loss := loss_of(job, quiet[job]):
+                    config.print_once(f"{time.monotonic() - begin:6.0f} s  {job.out}: {loss}")
+                    del quiet[job]
             for job in [job for job in running if running[job].exitcode is not None]:
                 if running.pop(job).exitcode:
                     last_lines = (job.out / "output.txt").read_text().splitlines()[-15:]
                     raise SystemExit("\n".join([f"{job.command} failed:", *last_lines]))
                 (job.out / "ended.txt").write_text(job.command)
                 ended.add(job)
+                quiet.pop(job, None)
                 yield job
     finally:
         for process in running.values():

@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,9 @@ def acts(monkeypatch, tmp_path):
         with open(diary, "a") as file:
             file.write(json.dumps([begins, "begins", name, os.getpid()]) + "\n")
         print("\n".join(f"line {i} of {name}" for i in range(20)), flush=True)
+        if name.startswith("logs"):
+            log = Path("runs", name, "log.jsonl")
+            log.write_text('{"probe": 1}\n{"step": 20, "loss": 2.4321}\n{"step": 40, "lo')
         os.system(f"echo {name} from outside")
         time.sleep(seconds)
         if name.startswith("bad"):
@@ -74,6 +79,20 @@ def test_a_job_begins_after_those_it_needs(acts):
     assert when["begins", "third"] > max(when["ends", "first"], when["ends", "second"])
     assert when["begins", "second"] < when["ends", "first"]  # beside each other
     assert when["begins", "fourth"] > when["ends", "third"]
+
+
+def test_the_first_loss_of_a_run_is_printed_while_it_runs(acts, capsys):
+    list(runner.run([job("logs", 2.5), job("silent", 2.5)], workers=2))
+    assert re.findall(r"s  (runs/.*)", capsys.readouterr().out) == ["runs/logs: step 20, loss 2.43"]
+
+
+def test_a_loss_of_an_earlier_run_is_not_printed(acts, capsys):
+    folder = Path("runs/overwritten")
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text('{"step": 20, "loss": 2.4321}\n')
+    os.utime(folder / "log.jsonl", (1, 1))
+    list(runner.run([job("overwritten", 1.5)]))
+    assert "loss" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
