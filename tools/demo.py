@@ -7,7 +7,6 @@ rate that is its best of four on validation images (results/sweep_vit.json). Acc
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -86,10 +85,6 @@ def draw(path, rows, logs):
     save(path)
 
 
-def log_of(folder):
-    return [json.loads(line) for line in open(folder / "log.jsonl")]
-
-
 def seed_list(text):
     return [int(seed) for seed in text.split()]
 
@@ -111,7 +106,7 @@ def main(argv=None):
     begin = time.monotonic()
     cells = [cell for seed in args.seeds for cell in cells_of_seed(args.out / f"seed{seed}", seed)]
     record = runner.measure("demo", cells, path, args.jobs)
-    logs = {seed: log_of(args.out / f"seed{seed}" / "mae") for seed in args.seeds}
+    logs = {seed: runner.log_of(args.out / f"seed{seed}" / "mae") for seed in args.seeds}
     seconds = round(time.monotonic() - begin)
     runner.write(path, {**record, "seconds": seconds, "pretraining_log": logs})
 

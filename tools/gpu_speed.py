@@ -146,7 +146,7 @@ def cifar(args):
     def run(script, given, name, *rest):
         """The lines of the log."""
         script.main([str(word) for word in [*given.split(), *more, *rest, "--out", args.out / name]])
-        return [json.loads(line) for line in (args.out / name / "log.jsonl").read_text().splitlines()]
+        return runner.log_of(args.out / name)
 
     def epochs_in(share, rate):
         """How many passes take that share of the time that is left."""

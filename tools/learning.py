@@ -10,7 +10,7 @@ three have one folder of runs: an encoder that two tables need is trained once.
 """
 
 from tools import runner
-from tools.demo import ARMS, BUDGET, FINETUNE, TITLE, log_of, slug, tuning
+from tools.demo import ARMS, BUDGET, FINETUNE, TITLE, slug, tuning
 
 METHODS = {  # row of a table: command of its pre-training
     "MAE ViT": "mae.py --config configs/tiny.yaml",
@@ -67,6 +67,11 @@ def pretraining(folder, name, seed, *more):
     return runner.training({**METHODS, **TRIED}[name], "--seed", seed, "--picture_epochs", 2, *more, out=out)
 
 
+def best_pretraining(folder, name, seed, *more):
+    """The job of a row at the learning rate that the sweep chose, with further options."""
+    return pretraining(folder, name, seed, "--base_lr", PRETRAINED[name], *more)
+
+
 def random_weights(folder, name, seed):
     """The job that leaves the weights that pre-training starts from: the learning rate of its only step is 0."""
     return pretraining(folder, SAME_NETWORK.get(name, name), seed, "--max_steps", 1)
@@ -116,7 +121,7 @@ def learns(args):
     cells = []
     for seed in args.seeds:
         for name in args.methods:
-            pretrained = pretraining(args.out, name, seed, "--base_lr", PRETRAINED[name])
+            pretrained = best_pretraining(args.out, name, seed)
             scratch = random_weights(args.out, name, seed)
             for test, (_, arms) in TESTS.items():
                 for arm in arms:
@@ -129,8 +134,7 @@ def ends_of_logs(args):
     """{row: {seed: first and last line of the log of its pre-training}}."""
     ends = {}
     for name in args.methods:
-        logs = {seed: log_of(pretraining(args.out, name, seed, "--base_lr", PRETRAINED[name]).out)
-                for seed in args.seeds}
+        logs = {seed: runner.log_of(best_pretraining(args.out, name, seed).out) for seed in args.seeds}
         ends[name] = {seed: [lines[0], lines[-1]] for seed, lines in logs.items()}
     return ends
 
@@ -167,7 +171,7 @@ def ablations(args):
     for seed in args.seeds:
         for title, (name, rows) in ABLATIONS.items():
             for row, options in rows.items():
-                encoder = pretraining(args.out, name, seed, "--base_lr", PRETRAINED[name], *options.split())
+                encoder = best_pretraining(args.out, name, seed, *options.split())
                 for test in TESTS:
                     job = testing(name, test, "pre-trained", encoder, seed)
                     cells.append(runner.Cell(f"{name}, {title}: {TITLE}", row, test, seed, job))

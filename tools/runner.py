@@ -94,15 +94,19 @@ def call(job):
     SCRIPTS[sys.argv[0]].main(sys.argv[1:])
 
 
+def log_of(folder):
+    """The lines of a run's log.jsonl, but for one that is being written."""
+    *lines, _ = (folder / "log.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
 def loss_of(job, since):
     """The last loss in the log of a job, as "step 20, loss 2.43"; "" if it has logged none since that time."""
-    path = job.out / "log.jsonl"
     try:
-        text = path.read_text() if path.stat().st_mtime >= since else ""  # an older one is of an earlier run
+        is_new = (job.out / "log.jsonl").stat().st_mtime >= since  # an older one is of an earlier run
+        steps = [line for line in log_of(job.out) if "loss" in line] if is_new else []
     except FileNotFoundError:
         return ""
-    *lines, _ = text.split("\n")  # the last one may not be whole yet
-    steps = [line for line in map(json.loads, lines) if "loss" in line]
     return f"step {steps[-1]['step']}, loss {number(steps[-1]['loss'])}" if steps else ""
 
 

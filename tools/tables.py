@@ -21,7 +21,6 @@ from common import figures
 from common.config import user_errors
 from tools import bench, gpu_table, learning, runner
 from tools.demo import BUDGET, FINETUNE, add_options, bars, slug, tuning
-from tools.learning import pretraining
 
 # Measurements that share runs, and so a folder of them
 FOLDERS = {**dict.fromkeys(["sweep", "learns", "ablations", "protocols"], "learning"), "dense_sweep": "dense"}
@@ -94,7 +93,7 @@ def protocols(args):
                     if protocol == "all, after the other data":
                         encoder = jobs[seed, method, "all", other[on]]
                     elif not is_random:
-                        encoder = pretraining(args.out, name, seed, "--base_lr", learning.PRETRAINED[name])
+                        encoder = learning.best_pretraining(args.out, name, seed)
                     if protocol in EDITS:
                         encoder = edited(encoder, EDITS[protocol], folder / slug(f"{protocol} encoder"), seed)
                     words = ["--data", data, "--labels", 500, "--epochs", BUDGET[500], "--base_lr", rate]
